@@ -1,0 +1,30 @@
+"""Batch normalization for JAX: pure functions over explicit state, and drop-in Flax modules.
+
+`jbn.linen` and `jbn.nnx` hold the modules; the tools (`jbn.fold`, `jbn.convert`, ...) are imported by name.
+"""
+
+from jbn.functional import (
+    batch_norm_eval,
+    batch_norm_train,
+    init,
+    merge_moments,
+    moments,
+    normalize,
+    psum_moments,
+    update_state,
+)
+from jbn.types import Moments, Params, State
+
+__all__ = [
+    "Moments",
+    "Params",
+    "State",
+    "batch_norm_eval",
+    "batch_norm_train",
+    "init",
+    "merge_moments",
+    "moments",
+    "normalize",
+    "psum_moments",
+    "update_state",
+]

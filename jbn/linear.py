@@ -1,0 +1,138 @@
+"""A linear map with a transpose of its own, for `jax.custom_jvp` rules whose reverse mode is written by hand.
+
+`jax.custom_vjp` would forbid forward mode and every nesting of it.  Here the tangent map is an ordinary JAX function, so
+forward mode and higher orders are JAX's, while reverse mode at first order runs the given transpose.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def linear(forward: Callable, transpose: Callable, static: Hashable, residuals: Any, tangents: Any) -> Any:
+    """forward(static, residuals, tangents), linear in tangents, differentiated in reverse by `transpose`.
+
+    Args:
+        forward: module-level function of (static, residuals, tangents) to a pytree; differentiable by JAX.
+        transpose: module-level function of (static, residuals, cotangents, wanted) to cotangents like `tangents`;
+            `wanted` is a pytree of bools, and zeros may stand where it is False.
+        static: hashable first argument of both.
+        residuals: pytree of arrays, the point at which the map is taken.
+        tangents: pytree of arrays.
+    """
+    flat_residuals, residual_tree = jax.tree.flatten(residuals)
+    flat_tangents, in_tree = jax.tree.flatten(tangents)
+    out_tree = jax.tree.structure(jax.eval_shape(functools.partial(forward, static), residuals, tangents))
+    op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree), None)
+    return jax.tree.unflatten(out_tree, _linear.bind(*flat_residuals, *flat_tangents, op=op))
+
+
+class _Map(NamedTuple):
+    """The map, or (wanted is not None) its transpose; hashable, so that it can be a parameter of a primitive."""
+
+    forward: Callable
+    transpose: Callable
+    static: Hashable
+    trees: tuple  # of residuals, inputs, outputs
+    wanted: tuple[bool, ...] | None
+
+    @property
+    def num_residuals(self):
+        return self.trees[0].num_leaves
+
+    def transposed(self, wanted):
+        return self._replace(wanted=wanted if self.wanted is None else None)
+
+    def __call__(self, residuals, values):
+        residual_tree, in_tree, out_tree = self.trees
+        residuals = jax.tree.unflatten(residual_tree, residuals)
+        if self.wanted is None:
+            return jax.tree.leaves(self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values)))
+        wanted = jax.tree.unflatten(in_tree, self.wanted)
+        return jax.tree.leaves(self.transpose(self.static, residuals, jax.tree.unflatten(out_tree, values), wanted))
+
+
+class _Batched(NamedTuple):
+    """A map under vmap: some residuals are mapped, all values are, over axis 0."""
+
+    op: Any
+    in_axes: tuple[int | None, ...]
+    vmap_arguments: tuple  # of (name, value)
+
+    @property
+    def num_residuals(self):
+        return self.op.num_residuals
+
+    def transposed(self, wanted):
+        return self._replace(op=self.op.transposed(wanted))
+
+    def __call__(self, residuals, values):
+        return jax.vmap(self.op, (self.in_axes, 0), 0, **dict(self.vmap_arguments))(residuals, values)
+
+
+def _run(*operands, op):
+    return list(op(operands[: op.num_residuals], operands[op.num_residuals :]))
+
+
+_jitted = jax.jit(_run, static_argnames="op")
+_linear = Primitive("jbn_linear")
+_linear.multiple_results = True
+
+
+@_linear.def_impl
+def _(*operands, op):
+    return _jitted(*operands, op=op)
+
+
+@_linear.def_abstract_eval
+def _(*avals, op):
+    return jax.make_jaxpr(functools.partial(_run, op=op))(*avals).out_avals
+
+
+def _jvp(primals, tangents, *, op):
+    """Linear in the values; in the residuals, JAX differentiates the body."""
+    n = op.num_residuals
+    out = _linear.bind(*primals, op=op)
+    terms = []
+    if any(type(t) is not ad.Zero for t in tangents[n:]):
+        terms.append(_linear.bind(*primals[:n], *map(ad.instantiate_zeros, tangents[n:]), op=op))
+    if any(type(t) is not ad.Zero for t in tangents[:n]):
+        at_values = lambda *residuals: op(residuals, primals[n:])
+        terms.append(jax.jvp(at_values, tuple(primals[:n]), tuple(map(ad.instantiate_zeros, tangents[:n])))[1])
+    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)] if terms else [jnp.zeros_like(o) for o in out]
+
+
+def _transpose(cotangents, *operands, op):
+    residuals, values = operands[: op.num_residuals], operands[op.num_residuals :]
+    wanted = tuple(map(ad.is_undefined_primal, values))
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    out = _linear.bind(*residuals, *cotangents, op=op.transposed(wanted))
+    return [None] * len(residuals) + [ct if want else None for ct, want in zip(out, wanted, strict=True)]
+
+
+def _batch(axis_data, operands, dims, *, op):
+    if all(dim is None for dim in dims):  # fancy batchers are called with unmapped operands too
+        out = _linear.bind(*operands, op=op)
+        return out, [None] * len(out)
+    n = op.num_residuals
+    moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)]
+    moved[n:] = [
+        jnp.broadcast_to(x, (axis_data.size, *x.shape)) if dim is None else x
+        for x, dim in zip(moved[n:], dims[n:], strict=True)
+    ]
+    named = {"axis_name": axis_data.name} if isinstance(axis_data.name, str) else {}
+    arguments = {"axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name, **named}
+    in_axes = tuple(None if dim is None else 0 for dim in dims[:n])
+    out = _linear.bind(*moved, op=_Batched(op, in_axes, tuple(arguments.items())))
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_linear] = _jvp
+ad.primitive_transposes[_linear] = _transpose
+batching.fancy_primitive_batchers[_linear] = _batch
+mlir.register_lowering(_linear, mlir.lower_fun(_run, multiple_results=True))

@@ -1,0 +1,80 @@
+"""Moments of an array, and how the moments of parts become those of the whole."""
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbn.kernels.seam import Stats
+from jbn.types import Moments
+
+
+def variance(m: Moments, *, unbiased: bool = False) -> Array:
+    """m2 / count, or m2 / (count - 1) where unbiased and count > 1; 0 where nothing was counted."""
+    divisor = jnp.where(m.count > 1, m.count - 1, m.count) if unbiased else m.count
+    return m.m2 / jnp.where(m.count > 0, divisor, 1)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two sets (Chan, Golub & LeVeque 1979, eq. 2.1), exact and in either order."""
+    count = a.count + b.count
+    divisor = jnp.where(count > 0, count, 1)
+    delta = b.mean - a.mean
+    mean = jnp.where(b.count > a.count, b.mean - delta * (a.count / divisor), a.mean + delta * (b.count / divisor))
+    return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * b.count / divisor))
+
+
+def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
+    """Statistics of the union over a mapped axis, in two all-reduces of per-channel vectors.
+
+    The first finds the mean to float32 precision; the second, relative to it, the rest of the mean and m2.
+    """
+    if axis_name is None:
+        return s
+    count, total = psum(jnp.stack([s.count, s.count * (s.shift + s.offset)]), axis_name, axis_index_groups)
+    divisor = jnp.where(count > 0, count, 1)
+    shift = total / divisor
+    delta = (s.shift - shift) + s.offset
+    m2, rest = psum(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]), axis_name, axis_index_groups)
+    offset = rest / divisor
+    return Stats(count, shift, offset, jnp.maximum(m2 - rest * offset, 0))
+
+
+def psum(vectors: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
+    """Sum over a mapped axis; the identity for axis_name None."""
+    if axis_name is None:
+        return vectors
+    return lax.psum(vectors, axis_name, axis_index_groups=axis_index_groups)
+
+
+def psum_cotangent(ct: Array, x: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
+    """The total cotangent of a value that was made by psum from x.
+
+    Under shard_map(check_vma=True) the cotangent of an invariant value is the total already.
+    """
+    if axis_name is None:
+        return ct
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    partial = tuple(name for name in names if name not in varying(x) - varying(ct))
+    return psum(ct, partial, axis_index_groups) if partial else ct
+
+
+def varying(x: Array) -> frozenset:
+    """The manual mesh axes over which x is known to differ: empty outside shard_map(check_vma=True)."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_alike(x, *others):
+    """Mark all the arrays (None passes through) as varying over the axes any of them varies over.
+
+    Done outside the derivative rule, so that JAX sums the gradient of a replicated parameter over the devices.
+    """
+    arrays = [a for a in (x, *others) if a is not None]
+    axes = frozenset().union(*map(varying, arrays))
+
+    def mark(a):
+        missing = tuple(axes - varying(a)) if a is not None else ()
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return tuple(map(mark, (x, *others)))

@@ -1,0 +1,1 @@
+"""Implementations of the four functions between which the collectives sit; see `seam.py` for what they exchange."""

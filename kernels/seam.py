@@ -1,0 +1,93 @@
+"""What every implementation takes and returns, and the elementwise formulas they share.
+
+An implementation is a module with four functions of the same names and signatures:
+
+    fwd_stats(x, shift, weights, *, axis) -> Stats
+    fwd_apply(x, affine, residual, *, axis, activation, dtype) -> y
+    bwd_stats(x, dy, affine, *, saved, weights, axis, activation) -> (sum dz, sum dz * (x - mean))
+    bwd_apply(x, dy, affine, *, pull, saved, weights, axis, activation, residual_dtype) -> (dx, dresidual)
+
+x has any rank; `axis` is the ascending tuple of its feature axes, everything else is reduced.  A per-channel vector has the
+shape of the feature axes and the dtype of `accumulator(x)`.  z is the value before the activation and dz its cotangent.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps anyway) stands in for z.
+SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
+FUSED = (*SIGN_PRESERVING, jax.nn.silu, jax.nn.gelu)
+
+
+class Stats(NamedTuple):
+    """Statistics of each channel; the mean is shift + offset.
+
+    One float32 cannot hold a mean of 1e4 better than 5e-4, which would be an error of y; two can.
+    """
+
+    count: Array  # sum of the weights, or the number of elements
+    shift: Array  # a value near the data: |offset| is small beside the standard deviation
+    offset: Array
+    m2: Array  # sum of weight * (x - mean)^2
+
+
+class Affine(NamedTuple):
+    """z = (x - shift - offset) * gain + bias, one value of each per channel; gain = scale * rstd."""
+
+    shift: Array
+    offset: Array
+    gain: Array
+    bias: Array
+
+
+class Pull(NamedTuple):
+    """What the statistics send back to x: dx += weights * (intercept + slope * (x - mean))."""
+
+    slope: Array
+    intercept: Array
+
+
+def reduced_axes(ndim, axis) -> tuple[int, ...]:
+    """All axes but the feature axes."""
+    return tuple(a for a in range(ndim) if a not in axis)
+
+
+def wide(vectors, ndim, axis):
+    """Per-channel vectors (a pytree of them) made broadcastable against an array of rank ndim."""
+    return jax.tree.map(lambda v: jnp.expand_dims(v, reduced_axes(ndim, axis)), vectors)
+
+
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype of statistics: float64 for float64, float32 for everything narrower."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def pre_activation(x, affine: Affine, residual=None):
+    """z of x in the accumulator dtype; x and the vectors are already broadcastable."""
+    z = (x - affine.shift) * affine.gain + (affine.bias - affine.offset * affine.gain)
+    return z if residual is None else z + residual
+
+
+def through_activation(x, dy, affine: Affine, saved, activation):
+    """dz = activation'(z) * dy, with z from the very expression of the forward pass; a tangent goes through the same way.
+
+    saved: y where the activation preserves signs, the residual otherwise, None where no residual was added.
+    """
+    if activation is None:
+        return dy
+    if activation in SIGN_PRESERVING and saved is not None:
+        point = saved
+    else:
+        point = pre_activation(x, affine, saved)
+    return jax.jvp(activation, (point,), (dy,))[1]
+
+
+def read(x, weights, mean):
+    """(x as the formulas read it, where it was replaced): a zero-weight element that is not finite is read as the mean."""
+    if weights is None:
+        return x, None
+    unread = (weights <= 0) & ~jnp.isfinite(x)
+    return jnp.where(unread, mean.astype(x.dtype), x), unread

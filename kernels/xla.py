@@ -1,0 +1,115 @@
+"""The four functions in jax.numpy: the specification of every kernel, and the fast path on CPU.
+
+On CPU the time is decided by what XLA fuses into its YNNPACK reductions: a convert, subtract or multiply joins one only if
+nothing else uses it, and common-subexpression elimination makes reductions share.  `_isolate` prevents the sharing.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jbn.kernels.seam import Affine, Pull, Stats, accumulator, pre_activation, reduced_axes, through_activation, wide
+
+# E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured there: var within 2e-5).
+MAX_SQUARED_MEAN = 100.0
+
+
+def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
+    """Count, mean and m2 of each channel. No guess of the mean is needed: the first pass finds it."""
+    del shift
+    return _plain_stats(x, axis) if weights is None else _weighted_stats(x, weights, axis)
+
+
+def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
+    """y = activation((x - mean) * gain + bias + residual)."""
+    acc = accumulator(x.dtype)
+    z = pre_activation(x.astype(acc), wide(affine, x.ndim, axis), _cast(residual, acc))
+    return (z if activation is None else activation(z)).astype(dtype)
+
+
+def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
+    """The per-channel sums of dz and of dz * (x - mean)."""
+    acc = accumulator(x.dtype)
+    reduced = reduced_axes(x.ndim, axis)
+    dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
+    sum_dz = _isolate(3, dz).astype(acc).sum(reduced)
+    x, dz, shift = _isolate(4, x, dz, wide(affine.shift, x.ndim, axis))
+    sum_dz_x = (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
+    return sum_dz, sum_dz_x - affine.offset * sum_dz
+
+
+def bwd_apply(
+    x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
+) -> tuple[Array, Array | None]:
+    """dx = gain * dz + weights * (intercept + slope * (x - mean)), and dz itself for the residual where there is one."""
+    acc = accumulator(x.dtype)
+    dtype = x.dtype
+    dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
+    dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
+    if pull is not None:
+        # (x - shift) first: it is exact where x is near the mean.
+        slope, intercept = wide(Pull(pull.slope, pull.intercept - pull.slope * affine.offset), x.ndim, axis)
+        through = (x.astype(acc) - wide(affine.shift, x.ndim, axis)) * slope + intercept
+        dx = dx + (through if weights is None else through * weights.astype(acc))
+    return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
+
+
+def _plain_stats(x, axis):
+    acc = accumulator(x.dtype)
+    reduced = reduced_axes(x.ndim, axis)
+    features = tuple(x.shape[a] for a in axis)
+    count = math.prod(x.shape[a] for a in reduced)
+    mean = _isolate(1, x).astype(acc).sum(reduced) / count
+    square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
+    var = square - mean * mean
+
+    def centered(x, mean):
+        (x1, mean1), (x2, mean2) = _isolate(1, x, mean), _isolate(2, x, mean)
+        offset = (x1.astype(acc) - wide(mean1, x.ndim, axis)).sum(reduced) / count
+        return offset, jnp.square(x2.astype(acc) - wide(mean2, x.ndim, axis)).sum(reduced) / count - offset * offset
+
+    near_zero = jnp.all(mean * mean <= MAX_SQUARED_MEAN * var)
+    offset, var = lax.cond(near_zero, lambda x, mean: (jnp.zeros_like(mean), var), centered, x, mean)
+    counts = jnp.full(features, count, acc)
+    return Stats(counts, mean, offset, jnp.maximum(var, 0) * count)
+
+
+def _weighted_stats(x, weights, axis):
+    """Three sums; an element of weight zero is never read, whatever it holds."""
+    acc = accumulator(x.dtype)
+    reduced = reduced_axes(x.ndim, axis)
+    weights = jnp.broadcast_to(weights.astype(acc), x.shape)
+    count = weights.sum(reduced)
+    divisor = jnp.where(count > 0, count, 1)
+    x = jnp.where(weights > 0, x.astype(acc), 0)
+    shift = (weights * x).sum(reduced) / divisor
+    centered = jnp.where(weights > 0, x - wide(shift, x.ndim, axis), 0)
+    offset = (weights * centered).sum(reduced) / divisor
+    m2 = (weights * jnp.square(centered)).sum(reduced) - count * jnp.square(offset)
+    return Stats(count, shift, offset, jnp.maximum(m2, 0))
+
+
+def _cotangent(x, dy, affine, saved, weights, axis, activation):
+    """dz, materialized once for the three passes over it; where the weight is zero it is never NaN or infinite."""
+    acc = accumulator(x.dtype)
+    dz = dy
+    if activation is not None:
+        dz = through_activation(x.astype(acc), dy.astype(acc), wide(affine, x.ndim, axis), _cast(saved, acc), activation)
+        # Relu's mask only keeps or drops; another derivative keeps its digits.
+        dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
+    if weights is not None:
+        dz = jnp.where((weights <= 0) & ~jnp.isfinite(dz), 0, dz)
+    return dz if dz is dy else lax.optimization_barrier(dz)
+
+
+def _isolate(depth, *values):
+    """Keep CSE from merging what different reductions read: barriers of different nesting are not equal."""
+    for _ in range(depth):
+        values = lax.optimization_barrier(values)
+    return values if len(values) > 1 else values[0]
+
+
+def _cast(array, dtype):
+    return None if array is None else array.astype(dtype)
