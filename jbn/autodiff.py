@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from jbn import partition, stats
-from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, accumulator, read, reduced_axes, through_activation, wide
+from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, read, reduced_axes, through_activation, wide
 from jbn.linear import linear
 
 
@@ -77,12 +78,12 @@ def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Arr
     return _apply(spec, operands, weights, batch), batch
 
 
-@batch_norm.defjvp
+@functools.partial(batch_norm.defjvp, symbolic_zeros=True)
 def _(spec, primals, tangents):
     operands, weights, guess = primals
     y, batch = batch_norm(spec, operands, weights, guess)
     residuals = _residuals(spec, operands, weights, batch, y)
-    t_y, (t_mean, t_var) = linear(_tangent, _cotangent, spec, residuals, (tangents[0], None))
+    t_y, (t_mean, t_var) = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), None))
     return (y, batch), (t_y, BatchStats(jnp.zeros_like(batch.count), jnp.zeros_like(batch.shift), t_mean, t_var))
 
 
@@ -92,13 +93,19 @@ def normalize(spec: Spec, operands: Operands, mean: Array, var: Array) -> Array:
     return _apply(spec, operands, None, _given(mean, var))
 
 
-@normalize.defjvp
+@functools.partial(normalize.defjvp, symbolic_zeros=True)
 def _(spec, primals, tangents):
     operands, mean, var = primals
     y = normalize(spec, operands, mean, var)
     residuals = _residuals(spec, operands, None, _given(mean, var), y)
-    t_y, _ = linear(_tangent, _cotangent, spec, residuals, (tangents[0], tangents[1:]))
+    t_y, _ = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), _present(tangents[1:])))
     return y, t_y
+
+
+def _present(tangents):
+    """None for the tangents known to be zero, so that no array of zeros is ever made, saved or passed over."""
+    is_zero = lambda t: isinstance(t, SymbolicZero)
+    return jax.tree.map(lambda t: None if is_zero(t) else t, tangents, is_leaf=is_zero)
 
 
 def _given(mean, var):
@@ -124,29 +131,29 @@ def _residuals(spec, operands, weights, batch, y):
 
 
 def _tangent(spec, residuals, tangents):
-    """Forward mode: from tangents of the operands, and of (mean, var) where given, to that of y, and of (mean, var) otherwise."""
+    """Forward mode: from tangents of the operands, and of the statistics if given, to those of y, and of the statistics if not."""
     t, t_given = tangents
-    affine, rstd = residuals.affine, residuals.rstd
-    acc = accumulator(t.x.dtype)
-    ndim, axis = t.x.ndim, spec.axis
-    x, unread = read(residuals.x, residuals.weights, wide(affine.shift + affine.offset, ndim, axis))
-    x, t_x = x.astype(acc), t.x.astype(acc)
-    xc = (x - wide(affine.shift, ndim, axis)) - wide(affine.offset, ndim, axis)
-    if t_given is None:
-        weighted = t_x if unread is None else jnp.where(unread, 0, t_x) * residuals.weights.astype(acc)
-        sums = jnp.stack([weighted.sum(reduced_axes(ndim, axis)), 2 * (weighted * xc).sum(reduced_axes(ndim, axis))])
+    affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
+    ndim, axis = residuals.x.ndim, spec.axis
+    vectors = functools.partial(wide, ndim=ndim, axis=axis)
+    x, unread = read(residuals.x, weights, vectors(affine.shift + affine.offset))
+    x = x.astype(rstd.dtype)
+    xc = (x - vectors(affine.shift)) - vectors(affine.offset)
+    t_x = jnp.zeros_like(x) if t.x is None else _where_read(unread, t.x.astype(x.dtype))
+    if residuals.count is not None:
+        weighted = t_x if weights is None else t_x * weights.astype(x.dtype)
+        sums = jnp.stack([v.sum(reduced_axes(ndim, axis)) for v in (weighted, 2 * weighted * xc)])
         t_mean, t_var = stats.psum(sums, spec.axis_name, spec.axis_index_groups) / _divisor(residuals.count)
     else:
-        t_mean, t_var = t_given
-    t_gain = t.scale * rstd - affine.gain * jnp.square(rstd) / 2 * (t_var + t.eps)
-    t_xc = t_x - wide(t_mean, ndim, axis)
-    t_xc = t_xc if unread is None else jnp.where(unread, 0, t_xc)
-    t_z = wide(affine.gain, ndim, axis) * t_xc + wide(t_gain, ndim, axis) * xc + wide(t.bias, ndim, axis)
-    if t.residual is not None:
-        t_z = t_z + t.residual.astype(acc)
-    saved = None if residuals.saved is None else residuals.saved.astype(acc)
-    t_y = through_activation(x, t_z, wide(affine, ndim, axis), saved, spec.activation).astype(spec.dtype)
-    return t_y, (t_mean, t_var) if t_given is None else None
+        t_mean, t_var = (jnp.zeros_like(rstd) if v is None else v for v in t_given)
+    t_gain = -affine.gain * jnp.square(rstd) / 2 * (t_var if t.eps is None else t_var + t.eps)
+    t_gain = t_gain if t.scale is None else t_gain + t.scale * rstd
+    t_z = vectors(affine.gain) * (t_x - _where_read(unread, vectors(t_mean))) + vectors(t_gain) * xc
+    t_z = t_z if t.bias is None else t_z + vectors(t.bias)
+    t_z = t_z if t.residual is None else t_z + t.residual.astype(x.dtype)
+    saved = None if residuals.saved is None else residuals.saved.astype(x.dtype)
+    t_y = through_activation(x, t_z, vectors(affine), saved, spec.activation).astype(spec.dtype)
+    return t_y, None if residuals.count is None else (t_mean, t_var)
 
 
 def _cotangent(spec, residuals, cotangents, wanted):
@@ -154,27 +161,29 @@ def _cotangent(spec, residuals, cotangents, wanted):
     dy, d_batch = cotangents
     affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
     x, unread = read(residuals.x, weights, wide(affine.shift + affine.offset, dy.ndim, spec.axis))
-    dy = dy if unread is None else jnp.where(unread, 0, dy)
+    dy = _where_read(unread, dy)
     common = {"saved": residuals.saved, "weights": weights, "axis": spec.axis, "activation": spec.activation}
     sum_dz, sum_dz_xc = partition.bwd_stats(spec.implementation, x, dy, affine, **common)
     dmean, dvar = _to_given(residuals, sum_dz, sum_dz_xc)
-    d_operands = Operands(None, rstd * sum_dz_xc, sum_dz, None, dvar.sum())
-    pull = None
+    pull, d_given = None, (dmean, dvar)
     if d_batch is not None:
         total = lambda ct: stats.psum_cotangent(ct, x, spec.axis_name, spec.axis_index_groups)
         sums = stats.psum(jnp.stack([sum_dz, sum_dz_xc]), spec.axis_name, spec.axis_index_groups)
         through_mean, through_var = _to_given(residuals, *sums)
         divisor = _divisor(residuals.count)
         pull = Pull(2 * (through_var + total(d_batch[1])) / divisor, (through_mean + total(d_batch[0])) / divisor)
+        d_given = None
+    dx = dresidual = None
     if wanted[0].x or wanted[0].residual:
         dx, dresidual = partition.bwd_apply(
             spec.implementation, x, dy, affine, pull=pull, residual_dtype=spec.residual_dtype, **common
         )
-        dx = dx if unread is None else jnp.where(unread, 0, dx)
-    else:
-        dx = jnp.zeros_like(x)
-        dresidual = None if spec.residual_dtype is None else jnp.zeros_like(x, spec.residual_dtype)
-    return d_operands._replace(x=dx, residual=dresidual), (dmean, dvar) if d_batch is None else None
+        dx = _where_read(unread, dx)
+    return Operands(dx, rstd * sum_dz_xc, sum_dz, dresidual, dvar.sum()), d_given
+
+
+def _where_read(unread, array):
+    return array if unread is None else jnp.where(unread, 0, array)
 
 
 def _to_given(residuals, sum_dz, sum_dz_xc):

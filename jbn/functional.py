@@ -10,7 +10,7 @@ from jax import Array
 from jax.nn import initializers
 
 from jbn import autodiff, partition, running, stats, validate
-from jbn.kernels.seam import FUSED, accumulator, wide
+from jbn.kernels.seam import FUSED, accumulator
 from jbn.types import Moments, Params, State
 
 
@@ -125,7 +125,9 @@ def batch_norm_train(
         unbiased=unbiased,
         skip_nonfinite=skip_nonfinite,
     )
-    return train(x, params, state, config=config, momentum=momentum, eps=eps, weights=weights, residual=validate.residual(residual, x))
+    return train(
+        x, params, state, config=config, momentum=momentum, eps=eps, weights=weights, residual=validate.residual(residual, x)
+    )
 
 
 def batch_norm_eval(
@@ -296,9 +298,7 @@ def _train(x, params, state, momentum, eps, weights, residual, *, config):
     guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
     y, batch = autodiff.batch_norm(spec, operands, weights, guess)
     m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
-    return y, running.fold(
-        state, m, momentum=momentum, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite
-    )
+    return y, running.fold(state, m, momentum=momentum, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -20,41 +20,42 @@ def linear(forward: Callable, transpose: Callable, static: Hashable, residuals: 
     Args:
         forward: module-level function of (static, residuals, tangents) to a pytree; differentiable by JAX.
         transpose: module-level function of (static, residuals, cotangents, wanted) to cotangents like `tangents`;
-            `wanted` is a pytree of bools, and zeros may stand where it is False.
+            `wanted` is `tangents` with True for each array: where that has None, what the cotangent holds is dropped.
         static: hashable first argument of both.
         residuals: pytree of arrays, the point at which the map is taken.
-        tangents: pytree of arrays.
+        tangents: pytree of arrays; None for what is known to be zero.
     """
     flat_residuals, residual_tree = jax.tree.flatten(residuals)
     flat_tangents, in_tree = jax.tree.flatten(tangents)
     out_tree = jax.tree.structure(jax.eval_shape(functools.partial(forward, static), residuals, tangents))
-    op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree), None)
+    op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree))
     return jax.tree.unflatten(out_tree, _linear.bind(*flat_residuals, *flat_tangents, op=op))
 
 
 class _Map(NamedTuple):
-    """The map, or (wanted is not None) its transpose; hashable, so that it can be a parameter of a primitive."""
+    """The map or its transpose; hashable, so that it can be a parameter of a primitive."""
 
     forward: Callable
     transpose: Callable
     static: Hashable
     trees: tuple  # of residuals, inputs, outputs
-    wanted: tuple[bool, ...] | None
+    is_transpose: bool = False
 
     @property
     def num_residuals(self):
         return self.trees[0].num_leaves
 
-    def transposed(self, wanted):
-        return self._replace(wanted=wanted if self.wanted is None else None)
+    def transposed(self):
+        return self._replace(is_transpose=not self.is_transpose)
 
     def __call__(self, residuals, values):
         residual_tree, in_tree, out_tree = self.trees
         residuals = jax.tree.unflatten(residual_tree, residuals)
-        if self.wanted is None:
+        if not self.is_transpose:
             return jax.tree.leaves(self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values)))
-        wanted = jax.tree.unflatten(in_tree, self.wanted)
-        return jax.tree.leaves(self.transpose(self.static, residuals, jax.tree.unflatten(out_tree, values), wanted))
+        wanted = jax.tree.unflatten(in_tree, [True] * in_tree.num_leaves)
+        cotangents = self.transpose(self.static, residuals, jax.tree.unflatten(out_tree, values), wanted)
+        return jax.tree.leaves(jax.tree.map(lambda want, ct: ct, wanted, cotangents))
 
 
 class _Batched(NamedTuple):
@@ -68,8 +69,8 @@ class _Batched(NamedTuple):
     def num_residuals(self):
         return self.op.num_residuals
 
-    def transposed(self, wanted):
-        return self._replace(op=self.op.transposed(wanted))
+    def transposed(self):
+        return self._replace(op=self.op.transposed())
 
     def __call__(self, residuals, values):
         return jax.vmap(self.op, (self.in_axes, 0), 0, **dict(self.vmap_arguments))(residuals, values)
@@ -109,10 +110,9 @@ def _jvp(primals, tangents, *, op):
 
 def _transpose(cotangents, *operands, op):
     residuals, values = operands[: op.num_residuals], operands[op.num_residuals :]
-    wanted = tuple(map(ad.is_undefined_primal, values))
-    cotangents = map(ad.instantiate_zeros, cotangents)
-    out = _linear.bind(*residuals, *cotangents, op=op.transposed(wanted))
-    return [None] * len(residuals) + [ct if want else None for ct, want in zip(out, wanted, strict=True)]
+    out = _linear.bind(*residuals, *map(ad.instantiate_zeros, cotangents), op=op.transposed())
+    linear_in = map(ad.is_undefined_primal, values)
+    return [None] * len(residuals) + [ct if undefined else None for ct, undefined in zip(out, linear_in, strict=True)]
 
 
 def _batch(axis_data, operands, dims, *, op):

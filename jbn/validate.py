@@ -30,7 +30,11 @@ def array(value: Any, name: str) -> Array:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray({name})")
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        mend = "the Flax modules take complex input" if jnp.issubdtype(value.dtype, jnp.complexfloating) else f"cast it, {name}.astype(jnp.float32)"
+        mend = (
+            "the Flax modules take complex input"
+            if jnp.issubdtype(value.dtype, jnp.complexfloating)
+            else f"cast it, {name}.astype(jnp.float32)"
+        )
         raise TypeError(f"{name} has dtype {value.dtype}, expected a real floating dtype: {mend}")
     return jnp.asarray(value)
 
@@ -161,11 +165,15 @@ def nonempty(x: Array, axis: tuple[int, ...]) -> int:
     """How many values of x each feature has: at least one."""
     count = math.prod(n for a, n in enumerate(x.shape) if a not in axis)
     if count == 0:
-        raise ValueError(f"x has shape {x.shape}: nothing to reduce outside feature axis {axis}, expected at least one value per feature")
+        raise ValueError(
+            f"x has shape {x.shape}: nothing to reduce outside feature axis {axis}, expected at least one value per feature"
+        )
     return count
 
 
-def batch(x: Array, axis: tuple[int, ...], weights: Array | None, axis_name: Hashable | None, virtual_batch_size: int | None) -> None:
+def batch(
+    x: Array, axis: tuple[int, ...], weights: Array | None, axis_name: Hashable | None, virtual_batch_size: int | None
+) -> None:
     """Enough values per feature for a variance."""
     count = nonempty(x, axis)
     if virtual_batch_size is not None:
@@ -201,7 +209,9 @@ def same_features(a: State | Moments, b: Moments) -> None:
     _named_tuple(a, State if isinstance(a, State) else Moments, "the first argument", "pass a jbn.State or jbn.Moments")
     moments(b)
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of shape {a.mean.shape} and {b.mean.shape}, expected the same: both must come from the same layer")
+        raise ValueError(
+            f"features of shape {a.mean.shape} and {b.mean.shape}, expected the same: both must come from the same layer"
+        )
 
 
 def _named_tuple(value, expected, name, mend):
