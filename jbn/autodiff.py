@@ -131,7 +131,7 @@ def _residuals(spec, operands, weights, batch, y):
 
 
 def _tangent(spec, residuals, tangents):
-    """Forward mode: from tangents of the operands, and of the statistics if given, to those of y, and of the statistics if not."""
+    """Forward mode: from tangents of the operands (and statistics, if given) to those of y (and statistics, if not)."""
     t, t_given = tangents
     affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
     ndim, axis = residuals.x.ndim, spec.axis

@@ -55,7 +55,9 @@ class _Map(NamedTuple):
             return jax.tree.leaves(self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values)))
         wanted = jax.tree.unflatten(in_tree, [True] * in_tree.num_leaves)
         cotangents = self.transpose(self.static, residuals, jax.tree.unflatten(out_tree, values), wanted)
-        return jax.tree.leaves(jax.tree.map(lambda want, ct: ct, wanted, cotangents))
+        is_none = lambda leaf: leaf is None
+        keep = lambda want, ct: ct if want else None
+        return jax.tree.leaves(jax.tree.map(keep, wanted, cotangents, is_leaf=is_none))
 
 
 class _Batched(NamedTuple):
