@@ -95,6 +95,8 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
     acc = accumulator(x.dtype)
     dz = dy
     if activation is not None:
+        # A barrier on y, or XLA recomputes it here from x and the residual: one more tensor read.
+        saved = None if saved is None else lax.optimization_barrier(saved)
         dz = through_activation(x.astype(acc), dy.astype(acc), wide(affine, x.ndim, axis), _cast(saved, acc), activation)
         # Relu's mask only keeps or drops; another derivative keeps its digits.
         dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
