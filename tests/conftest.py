@@ -1,0 +1,45 @@
+"""The environment of every test: 8 host devices, and JAX at its strictest around jbn's own calls.
+
+Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as lenient as other libraries need;
+aot(modules) needs wheels that compile for an accelerator; grid is deselected unless asked for (-m grid); slow takes > 10 s.
+"""
+
+import contextlib
+import importlib.util
+import os
+
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402  the variables above are read once, at the first import
+import pytest  # noqa: E402
+
+AOT_MODULES = ("libtpu", "jax_cuda13_plugin")
+
+# No deadline: the first example compiles. Derandomized: a failure is everybody's, not one run's.
+hypothesis.settings.register_profile("jbn", deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.load_profile("jbn")
+
+
+@pytest.fixture(autouse=True)
+def _strict(request):
+    """Strict dtype promotion, no rank promotion, and float64 for tests marked x64."""
+    marked = lambda name: request.node.get_closest_marker(name) is not None
+    with contextlib.ExitStack() as stack:
+        if not marked("third_party"):
+            stack.enter_context(jax.numpy_dtype_promotion("strict"))
+            stack.enter_context(jax.numpy_rank_promotion("raise"))
+        if marked("x64"):
+            stack.enter_context(jax.enable_x64(True))
+        yield
+
+
+def pytest_runtest_setup(item):
+    """@pytest.mark.aot("libtpu"), or without arguments all the wheels of the aot extra: skipped by name where missing."""
+    for marker in item.iter_markers("aot"):
+        missing = [name for name in marker.args or AOT_MODULES if importlib.util.find_spec(name) is None]
+        if missing:
+            pytest.skip(f"needs {', '.join(missing)} of the aot extra: pip install 'jbn[aot]'")
