@@ -40,19 +40,22 @@ class Spec(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What derivatives are taken with respect to. Vectors and the scalar eps have the accumulator's dtype."""
+    """What derivatives are taken with respect to; vectors and the scalar eps in the accumulator's dtype.
 
-    x: Array
-    scale: Array
-    bias: Array
-    residual: Array | None
-    eps: Array
+    Of tangents and cotangents, None stands for those known to be zero or not asked for.
+    """
+
+    x: Any
+    scale: Any
+    bias: Any
+    residual: Any
+    eps: Any
 
 
 class BatchStats(NamedTuple):
     """Of each channel over the whole batch; the mean is shift + offset, var is biased."""
 
-    count: Array
+    count: Any  # None where the statistics were given
     shift: Array
     offset: Array
     var: Array
@@ -143,7 +146,7 @@ def _tangent(spec, residuals, tangents):
     if residuals.count is not None:
         weighted = t_x if weights is None else t_x * weights.astype(x.dtype)
         sums = jnp.stack([v.sum(reduced_axes(ndim, axis)) for v in (weighted, 2 * weighted * xc)])
-        t_mean, t_var = stats.psum(sums, spec.axis_name, spec.axis_index_groups) / _divisor(residuals.count)
+        t_mean, t_var = stats.psum(sums, spec.axis_name, spec.axis_index_groups) / _divisor(residuals.count)[None]
     else:
         t_mean, t_var = (jnp.zeros_like(rstd) if v is None else v for v in t_given)
     t_gain = -affine.gain * jnp.square(rstd) / 2 * (t_var if t.eps is None else t_var + t.eps)

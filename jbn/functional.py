@@ -272,19 +272,19 @@ class Config(NamedTuple):
 
 def train(x, params, state, *, config: Config, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
     """`batch_norm_train` without the checks, for the modules."""
-    fused, after = _split_activation(config)
+    fused, after = split_activation(config)
     y, new_state = _train(x, params, state, momentum, eps, weights, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
 def evaluate(x, params, state, *, config: Config, eps, residual=None) -> Array:
     """`batch_norm_eval` without the checks, for the modules."""
-    fused, after = _split_activation(config)
+    fused, after = split_activation(config)
     y = _eval(x, params, state, eps, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype)
 
 
-def _split_activation(config):
+def split_activation(config):
     """Activations that are not fused stay outside the jit and the derivative rule, so closures over tracers work."""
     if config.activation is None or config.activation in FUSED:
         return config, None
@@ -306,8 +306,7 @@ def _eval(x, params, state, eps, residual, *, config):
     spec, operands = _operands(x, params, eps, residual, config)
     acc = operands.scale.dtype
     mean, var = state.mean.astype(acc), state.var.astype(acc)
-    _, mean, var = stats.vary_alike(operands.x, mean, var)
-    return autodiff.normalize(spec, operands, mean, var)
+    return autodiff.normalize(spec, *stats.vary_alike((operands, mean, var)))
 
 
 def _operands(x, params, eps, residual, config):
@@ -316,7 +315,7 @@ def _operands(x, params, eps, residual, config):
     features = tuple(x.shape[a] for a in config.axis)
     scale = jnp.ones(features, acc) if params.scale is None else params.scale.astype(acc)
     bias = jnp.zeros(features, acc) if params.bias is None else params.bias.astype(acc)
-    operands = stats.vary_alike(x, scale, bias, residual, jnp.asarray(eps).astype(acc))
+    operands = autodiff.Operands(x, scale, bias, residual, jnp.asarray(eps).astype(acc))
     spec = autodiff.Spec(
         axis=config.axis,
         activation=config.activation,
@@ -326,7 +325,7 @@ def _operands(x, params, eps, residual, config):
         axis_name=config.axis_name,
         axis_index_groups=config.axis_index_groups,
     )
-    return spec, autodiff.Operands(*operands)
+    return spec, stats.vary_alike(operands)
 
 
 @functools.partial(jax.jit, static_argnames="axis")

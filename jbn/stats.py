@@ -65,16 +65,15 @@ def varying(x: Array) -> frozenset:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary_alike(x, *others):
-    """Mark all the arrays (None passes through) as varying over the axes any of them varies over.
+def vary_alike(tree):
+    """Mark all arrays of a pytree as varying over the manual axes that any of them varies over.
 
     Done outside the derivative rule, so that JAX sums the gradient of a replicated parameter over the devices.
     """
-    arrays = [a for a in (x, *others) if a is not None]
-    axes = frozenset().union(*map(varying, arrays))
+    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
 
     def mark(a):
-        missing = tuple(axes - varying(a)) if a is not None else ()
+        missing = tuple(axes - varying(a))
         return lax.pcast(a, missing, to="varying") if missing else a
 
-    return tuple(map(mark, (x, *others)))
+    return jax.tree.map(mark, tree)

@@ -8,9 +8,9 @@ import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 
 from jbn.types import Moments, Params, State
 
@@ -82,26 +82,32 @@ def parameters(params: Params, state: State, x: Array, axis: tuple[int, ...]) ->
     expected = tuple(x.shape[a] for a in axis)
     _named_tuple(params, Params, "params", "make them with jbn.init(features)")
     _named_tuple(state, State, "state", "make it with jbn.init(features)")
-    for name, value in {"scale": params.scale, "bias": params.bias, "mean": state.mean, "var": state.var}.items():
+    named = {"scale": params.scale, "bias": params.bias, "mean": state.mean, "var": state.var}
+    for name, value in named.items():
         if value is None and name in ("scale", "bias"):
             continue
-        array(value, name)
-        if value.shape != expected:
+        if array(value, name).shape != expected:
             raise ValueError(f"{name} has shape {value.shape}, expected {expected}: the size of x {x.shape} along axis {axis}")
 
 
 def update(momentum: float | Array | None) -> None:
-    if momentum is None or isinstance(momentum, jax.core.Tracer):
+    if momentum is None or isinstance(momentum, Tracer):
         return
     if not 0 <= _scalar(momentum, "momentum") <= 1:
         raise ValueError(f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, such as 0.99")
 
 
 def epsilon(eps: float | Array) -> None:
-    if isinstance(eps, jax.core.Tracer):
+    if isinstance(eps, Tracer):
         return
     if not _scalar(eps, "eps") > 0:
         raise ValueError(f"eps is {eps}, expected eps > 0, such as 1e-5")
+
+
+def limits(r_max: float | Array, d_max: float | Array) -> None:
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not isinstance(value, Tracer) and not _scalar(value, name) >= least:
+            raise ValueError(f"{name} is {value}, expected {name} >= {least}: r_max 1 and d_max 0 make it plain batch norm")
 
 
 def weights(value: Array | None, x: Array) -> Array | None:

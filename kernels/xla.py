@@ -109,7 +109,7 @@ def _isolate(depth, *values):
     """Keep CSE from merging what different reductions read: barriers of different nesting are not equal."""
     for _ in range(depth):
         values = lax.optimization_barrier(values)
-    return values if len(values) > 1 else values[0]
+    return values[0] if len(values) == 1 else values
 
 
 def _cast(array, dtype):
