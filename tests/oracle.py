@@ -5,7 +5,7 @@ the feature axes.  Activations go by the name they have in jax.nn.  weights broa
 not finite is read as the mean: it is normalized to zero and its dx is 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,8 @@ class Gradients(NamedTuple):
     bias: np.ndarray
     residual: np.ndarray
     eps: np.ndarray
-    mean: np.ndarray | None = None
-    var: np.ndarray | None = None
+    mean: Any = None
+    var: Any = None
 
 
 class State(NamedTuple):
@@ -113,7 +113,8 @@ def groups_backward(
     m = moments(x, axis, weights)
     dx = np.concatenate([part.x for part in parts]) + _moments_backward(x, m, axis, weights, dmean, dvar)
     dresidual = np.concatenate([part.residual for part in parts])
-    return Gradients(dx, sum(p.scale for p in parts), sum(p.bias for p in parts), dresidual, sum(p.eps for p in parts))
+    total = lambda name: np.sum([getattr(part, name) for part in parts], axis=0)
+    return Gradients(dx, total("scale"), total("bias"), dresidual, total("eps"))
 
 
 def running(state, m, momentum=0.99, unbiased=False, skip_nonfinite=False):
