@@ -1,0 +1,85 @@
+"""Compile for a device that is not there: GPUs and TPUs from their compilers' wheels alone (extra `aot`)."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+
+# Each has a description of the device in targets/, as XLA's autotuner prints it.
+_GPUS = {"h200": AbstractDevice("NVIDIA H200", 132, "cuda"), "a100": AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "cuda")}
+# The smallest topology that the TPU compiler knows of each.
+_TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TARGETS = ("cpu", *_GPUS, *_TPUS)
+
+
+def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:
+    """Compile `fn(*args)` for one device of a target.
+
+    Args:
+        target: "cpu", "h200", "a100", "v4", "v5e", "v5p", "v6e", or a TPU topology such as "v5e:16x16".
+        fn: the function.
+        args: pytrees of arrays or `jax.ShapeDtypeStruct`; one that carries a sharding keeps it.
+        jit_options: as `jax.jit` takes them.
+
+    Raises:
+        ValueError: an unknown target.
+        ImportError: the wheels that hold the target's compiler are not installed.
+    """
+    device = devices(target)[0]
+    args = jax.tree.map(lambda leaf: _placed(leaf, device), args)
+    if target not in _GPUS:
+        return jax.jit(fn, **jit_options).lower(*args).compile()
+    # Mosaic GPU asks the mesh for the device's kind while it lowers.
+    mesh = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=_GPUS[target])
+    with use_abstract_mesh(mesh):
+        return jax.jit(fn, **jit_options).lower(*args).compile()
+
+
+@functools.cache
+def devices(target: str) -> tuple[Any, ...]:
+    """The devices of a target, described and not opened: they make shardings, and no arrays.
+
+    Raises:
+        As `compile_for`.
+    """
+    if target == "cpu":
+        return tuple(jax.devices("cpu"))
+    if target in _GPUS:
+        _need("jax_plugins.xla_cuda13", target, "the CUDA plugin of JAX")
+        config = resources.files("jbn.bench").joinpath("targets", f"{target}.txtpb").read_text()
+        topology = topologies.get_topology_desc(platform="cuda", topology_name=target, target_config=config, topology="1x1x1")
+        return tuple(topology.devices)
+    if target.partition(":")[0] not in _TPUS:
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'")
+    _need("libtpu", target, "the TPU compiler")
+    # Without it libtpu waits for the metadata server of a Google Cloud machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return tuple(topologies.get_topology_desc(_TPUS.get(target, target), platform="tpu").devices)
+
+
+def available(target: str) -> bool:
+    """Whether this installation can compile for the target."""
+    module = "jax_plugins.xla_cuda13" if target in _GPUS else "libtpu"
+    return target == "cpu" or _installed(module)
+
+
+def _need(module, target, what):
+    if not _installed(module):
+        raise ImportError(f"target {target!r} needs {what}, which is not installed: pip install 'jbn[aot]'")
+
+
+def _installed(module):
+    parent = module.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
+
+
+def _placed(leaf, device):
+    sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+    leaf = leaf if hasattr(leaf, "shape") else jax.numpy.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or SingleDeviceSharding(device))
