@@ -253,7 +253,7 @@ def update_state(
     """
     validate.same_features(state, m)
     validate.update(momentum)
-    return running.fold(state, m, momentum=momentum, unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    return running.fold(state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite)
 
 
 class Config(NamedTuple):
@@ -273,7 +273,7 @@ class Config(NamedTuple):
 def train(x, params, state, *, config: Config, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
     """`batch_norm_train` without the checks, for the modules."""
     fused, after = split_activation(config)
-    y, new_state = _train(x, params, state, momentum, eps, weights, residual, config=fused)
+    y, new_state = _train(x, params, state, running.decay(momentum), eps, weights, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
@@ -292,13 +292,13 @@ def split_activation(config):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _train(x, params, state, momentum, eps, weights, residual, *, config):
+def _train(x, params, state, decay, eps, weights, residual, *, config):
     spec, operands = _operands(x, params, eps, residual, config)
     weights = None if weights is None else jax.lax.stop_gradient(weights)
     guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
     y, batch = autodiff.batch_norm(spec, operands, weights, guess)
     m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
-    return y, running.fold(state, m, momentum=momentum, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
+    return y, running.fold(state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,5 +1,7 @@
 """Folding the moments of a batch into the running state."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -7,24 +9,35 @@ from jbn import stats
 from jbn.types import Moments, State
 
 
-def fold(state: State, m: Moments, *, momentum: float | Array | None, unbiased: bool, skip_nonfinite: bool) -> State:
-    """momentum * old + (1 - momentum) * new, or the average of all batches for momentum None.
+class Decay(NamedTuple):
+    """Weights of the old and of the new value; 1 - 0.99 is taken before anything is rounded to float32."""
+
+    old: float | Array
+    new: float | Array
+
+
+def decay(momentum: float | Array | None) -> Decay | None:
+    return None if momentum is None else Decay(momentum, 1 - momentum)
+
+
+def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:
+    """decay.old * old + decay.new * new, or the average of all batches for decay None.
 
     A channel in which nothing was counted keeps its values; so does the whole state if no channel counted anything, or,
     with skip_nonfinite, if any moment is not finite.
     """
     dtype = jnp.promote_types(m.mean.dtype, state.mean.dtype)
-    if momentum is None:
-        seen = state.count.astype(dtype)
-        momentum = seen / (seen + 1)
-    momentum = jnp.asarray(momentum).astype(dtype)
+    if decay is None:
+        total = state.count.astype(dtype) + 1
+        decay = Decay((total - 1) / total, 1 / total)
+    weight_old, weight_new = (jnp.asarray(weight).astype(dtype) for weight in decay)
     counted = m.count > 0
     accepted = counted.any()
     if skip_nonfinite:
         accepted = accepted & jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
 
     def average(old, new):
-        mixed = momentum * old.astype(dtype) + (1 - momentum) * new.astype(dtype)
+        mixed = weight_old * old.astype(dtype) + weight_new * new.astype(dtype)
         return jnp.where(counted & accepted, mixed.astype(old.dtype), old)
 
     return State(
