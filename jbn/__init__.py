@@ -13,6 +13,7 @@ from jbn.functional import (
     psum_moments,
     update_state,
 )
+from jbn.renorm import batch_renorm_train
 from jbn.types import Moments, Params, State
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "State",
     "batch_norm_eval",
     "batch_norm_train",
+    "batch_renorm_train",
     "init",
     "merge_moments",
     "moments",

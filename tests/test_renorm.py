@@ -1,0 +1,191 @@
+"""Batch renormalization against batch norm (its limits at 1 and 0) and against the float64 oracle (anywhere else)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jbn
+
+OPEN = {"r_max": 1.5, "d_max": 0.25}  # some channels of `case` are clipped, some are not
+
+
+def case(shape=(24, 3, 8), dtype=np.float32, seed=0):
+    """x, params, and a state near enough the data for r and d to matter, and to be clipped in some channels only."""
+    rng = np.random.default_rng(seed)
+    features = shape[-1]
+    x = (rng.normal(size=shape) * np.linspace(0.5, 3, features) + 0.5).astype(dtype)
+    params = jbn.Params(jnp.asarray(rng.uniform(0.5, 2, features), dtype), jnp.asarray(rng.normal(size=features), dtype))
+    mean = 0.5 + np.linspace(-1, 1, features)
+    state = jbn.State(jnp.asarray(mean, dtype), jnp.asarray(rng.uniform(0.5, 4, features), dtype), jnp.int32(3))
+    return x, params, state
+
+
+def corrected(x, params, state, r_max, d_max, eps=1e-5, weights=None):
+    """r, d, and the scale and bias with which the oracle's plain batch norm is batch renorm."""
+    m = oracle.moments(x, weights=weights)
+    scale, bias, mean, var = (np.asarray(v).astype(np.float64) for v in (*params, state.mean, state.var))
+    running_std = np.sqrt(var + eps)
+    r = np.clip(np.sqrt(oracle.variance(m) + eps) / running_std, 1 / r_max, r_max)
+    d = np.clip((m.mean - mean) / running_std, -d_max, d_max)
+    return r, d, scale * r, bias + scale * d
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"activation": jax.nn.relu}, {"weights": np.arange(24).reshape(24, 1, 1) % 3 > 0}])
+def test_equals_batch_norm_with_the_limits_closed(dtype, options):
+    x, params, state = case(dtype=dtype)
+    closed = {**options, "r_max": jnp.float32(1), "d_max": jnp.float32(0)}
+
+    def value(train, options):
+        def loss(x, params):
+            y, new = train(x, params, state, **options)
+            return jnp.sum(jnp.square(y), dtype=jnp.float32), (y, new)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, params)
+
+    jax.tree.map(np.testing.assert_array_equal, value(jbn.batch_renorm_train, closed), value(jbn.batch_norm_train, options))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jbn.batch_renorm_train(x, params, state, **closed),
+        jbn.batch_norm_train(x, params, state, **options),
+    )
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_gradients_and_state_match_the_oracle(activation, masked):
+    x, params, state = case()
+    dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    weights = np.random.default_rng(2).random((*x.shape[:2], 1)) < 0.7 if masked else None
+    name = activation and activation.__name__
+
+    def loss(x, params):
+        y, new = jbn.batch_renorm_train(x, params, state, weights=weights, activation=activation, momentum=0.9, **OPEN)
+        return (y * dy).sum(), (y, new)
+
+    (_, (y, new)), (dx, dparams) = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, params)
+    r, d, scale, bias = corrected(x, params, state, **OPEN, weights=weights)
+    for correction, limit in ((r, OPEN["r_max"]), (d, OPEN["d_max"])):
+        assert 0 < np.mean(np.abs(correction) < limit) < 1, "the case must have clipped and unclipped channels"
+    expected, m = oracle.forward(x, scale, bias, weights=weights, activation=name)
+    through = oracle.backward(x, dy, scale, bias, weights=weights, activation=name)
+    # 72 values per channel: float32 rounding grows at most with their number.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=72 * 2**-23, atol=72 * 2**-23 * np.abs(b).max())
+    close(y, expected)
+    close(dx, through.x)
+    # r and d are constants: y = (scale * r) * xhat + (bias + scale * d).
+    close(dparams.scale, r * through.scale + d * through.bias)
+    close(dparams.bias, through.bias)
+    after = oracle.running(oracle.State(state.mean, state.var, 3), m, momentum=0.9)
+    close(new.mean, after.mean)
+    close(new.var, after.var)
+    assert new.count == 4
+
+
+def test_wide_open_limits_give_the_output_of_inference():
+    x, params, state = case()
+    y, _ = jbn.batch_renorm_train(x, params, state, r_max=jnp.inf, d_max=jnp.inf)
+    expected = oracle.normalize(x, state.mean, state.var, params.scale, params.bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # two roundings of r * rstd and of d, of |y| < 30
+
+
+@pytest.mark.x64
+def test_float64_and_missing_parameters():
+    x, params, state = case(dtype=np.float64)
+    y, _ = jbn.batch_renorm_train(x, jbn.Params(None, None), state, **OPEN)
+    r, d, _, _ = corrected(x, params, state, **OPEN)
+    np.testing.assert_allclose(y, oracle.forward(x, r, d)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_one_compilation_serves_a_schedule_of_limits():
+    x, params, state = case()
+    step = jax.jit(lambda r_max, d_max: jbn.batch_renorm_train(x, params, state, r_max=r_max, d_max=d_max)[0])
+    for r_max, d_max in ((1.0, 0.0), (1.5, 0.25), (3.0, 5.0)):
+        _, _, scale, bias = corrected(x, params, state, r_max, d_max)
+        np.testing.assert_allclose(step(r_max, d_max), oracle.forward(x, scale, bias)[0], rtol=2e-5, atol=2e-5)
+    assert step._cache_size() == 1
+
+
+def _bytes_accessed(train, *args):
+    compiled = jax.jit(jax.value_and_grad(lambda *a: train(*a)[0].sum(), (0, 1))).lower(*args).compile()
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+def test_the_correction_reads_x_no_more_often_than_batch_norm():
+    x, params, state = case((4096, 1, 32))
+    renorm = _bytes_accessed(lambda *a: jbn.batch_renorm_train(*a, **OPEN), x, params, state)
+    plain = _bytes_accessed(jbn.batch_norm_train, x, params, state)
+    assert renorm - plain < 0.1 * x.nbytes  # per-channel vectors only; one more pass would be 1.0
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_synchronized_over_devices_with_unequal_masks(check_vma):
+    x, params, state = case((24, 2, 8))
+    weights = np.arange(24).reshape(24, 1, 1) < 19  # the shards hold 6, 6, 6 and 1 examples
+    dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+
+    def local(x, weights, dy):
+        y, vjp, new = jax.vjp(
+            lambda x: jbn.batch_renorm_train(x, params, state, weights=weights, axis_name="data", **OPEN), x, has_aux=True
+        )
+        return y, vjp(dy)[0], new
+
+    specs = {"in_specs": (P("data"), P("data"), P("data")), "out_specs": (P("data"), P("data"), P())}
+    step = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs))
+    y, dx, new = step(x, weights, dy)
+    _, _, scale, bias = corrected(x, params, state, **OPEN, weights=weights)
+    expected, m = oracle.forward(x, scale, bias, weights=weights)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(dx, oracle.backward(x, dy, scale, bias, weights=weights).x, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(new.var, oracle.running(oracle.State(state.mean, state.var, 3), m).var, rtol=1e-5)
+    plain = jax.shard_map(
+        lambda x, w: jbn.batch_norm_train(x, params, state, weights=w, axis_name="data"),
+        mesh=mesh,
+        check_vma=check_vma,
+        in_specs=(P("data"), P("data")),
+        out_specs=(P("data"), P()),
+    )
+    reduces = lambda f, *args: jax.jit(f).lower(*args).compile().as_text().count(" all-reduce(")
+    forward = jax.shard_map(
+        lambda x, w: jbn.batch_renorm_train(x, params, state, weights=w, axis_name="data", **OPEN),
+        mesh=mesh,
+        check_vma=check_vma,
+        in_specs=(P("data"), P("data")),
+        out_specs=(P("data"), P()),
+    )
+    assert reduces(forward, x, weights) == reduces(plain, x, weights) == 2
+
+
+def test_masked_nan_touches_nothing():
+    x, params, state = case()
+    mask = (np.arange(24) < 20).reshape(24, 1, 1)
+    poisoned = np.where(mask, x, np.nan)
+    train = lambda x: jbn.batch_renorm_train(x, params, state, weights=mask, **OPEN)
+    (y, new), (y_poisoned, new_poisoned) = train(x), train(poisoned)
+    np.testing.assert_array_equal(y[:20], y_poisoned[:20])
+    jax.tree.map(np.testing.assert_array_equal, new, new_poisoned)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"r_max": 0.5, "d_max": 0}, "r_max is 0.5"),
+        ({"r_max": 1, "d_max": -1}, "d_max is -1"),
+        ({"r_max": 2, "d_max": jnp.nan}, "nan"),
+    ],
+)
+def test_limits_out_of_range(limits, message):
+    with pytest.raises(ValueError, match=message):
+        jbn.batch_renorm_train(*case(), **limits)
+
+
+def test_a_callable_activation_sees_tracers():
+    x, params, state = case()
+    slope = lambda s: jbn.batch_renorm_train(x, params, state, activation=lambda z: s * z, **OPEN)[0].sum()
+    _, _, scale, bias = corrected(x, params, state, **OPEN)
+    np.testing.assert_allclose(jax.grad(slope)(2.0), oracle.forward(x, scale, bias)[0].sum(), rtol=1e-4)
