@@ -216,6 +216,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     Raises:
         TypeError: a or b is not Moments.  ValueError: their shapes differ.
     """
+    validate.moments(a)
+    validate.moments(b)
     validate.same_features(a, b)
     return stats.merge(a, b)
 
@@ -251,6 +253,8 @@ def update_state(
     Raises:
         ValueError, TypeError: shapes that differ, or a momentum outside [0, 1].
     """
+    validate.state(state)
+    validate.moments(m)
     validate.same_features(state, m)
     validate.update(momentum)
     return running.fold(state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite)

@@ -211,9 +211,11 @@ def moments(m: Moments) -> None:
     _named_tuple(m, Moments, "moments", "make them with jbn.moments(x)")
 
 
+def state(value: State) -> None:
+    _named_tuple(value, State, "state", "make it with jbn.init(features)")
+
+
 def same_features(a: State | Moments, b: Moments) -> None:
-    _named_tuple(a, State if isinstance(a, State) else Moments, "the first argument", "pass a jbn.State or jbn.Moments")
-    moments(b)
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"features of shape {a.mean.shape} and {b.mean.shape}, expected the same: both must come from the same layer"
