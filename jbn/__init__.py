@@ -3,6 +3,8 @@
 `jbn.linen` and `jbn.nnx` hold the modules; the tools (`jbn.fold`, `jbn.convert`, ...) are imported by name.
 """
 
+import importlib
+
 from jbn.functional import (
     batch_norm_eval,
     batch_norm_train,
@@ -30,3 +32,10 @@ __all__ = [
     "psum_moments",
     "update_state",
 ]
+
+
+def __getattr__(name):
+    """`jbn.linen` and `jbn.nnx` on first use, so that `import jbn` does not import Flax."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jbn.{name}")
+    raise AttributeError(f"module 'jbn' has no attribute {name!r}")

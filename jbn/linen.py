@@ -1,0 +1,87 @@
+"""`flax.linen.BatchNorm` by jbn: change the import and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from jbn import flax_common
+from jbn.types import Params, State
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalization with the arguments, defaults, variables and output dtype of `flax.linen.BatchNorm`.
+
+        params/{scale,bias}: param_dtype          batch_stats/{mean,var}: float32
+
+    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized means are weighted by
+    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the statistics alone.
+
+    Attributes of flax's that mean something else here:
+        use_fast_variance: accepted for compatibility. Both values give the same, stable variance; nothing is slower.
+        force_float32_reductions: False stores the statistics in param_dtype; sums are at least float32 either way.
+        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no count.
+
+    Attributes that flax's does not have:
+        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are fused.
+        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None for all.
+        unbiased: keep n / (n - 1) times the variance in batch_stats, as PyTorch does.
+        skip_nonfinite: leave batch_stats alone when the batch holds NaN or infinity.
+        update_stats: False normalizes by the batch without touching batch_stats, which then need not be mutable.
+        implementation: None to choose, or a name as in `jbn.batch_norm_train`.
+
+    Reference: Ioffe & Szegedy 2015.
+    """
+
+    activation: Callable[[Array], Array] | None = None
+    virtual_batch_size: int | None = None
+    unbiased: bool = False
+    skip_nonfinite: bool = False
+    update_stats: bool = True
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Array | None = None
+    ) -> Array:
+        """Normalize x; while initializing, nothing is updated and axis_name need not exist.
+
+        Args:
+            x: array of any dtype and rank.
+            use_running_average: normalize by batch_stats instead of by the batch.
+            mask: bool, broadcastable to x; False elements count for nothing, even if they are NaN.
+            residual: floating array of x's shape, added before the activation.
+
+        Returns:
+            y, x's shape; its dtype is `dtype`, or what x, scale and bias promote to.
+
+        Raises:
+            ValueError, TypeError: an option out of range, arrays that do not fit x.
+            NotImplementedError: an implementation that cannot run here.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = jnp.asarray(x)
+        features = tuple(x.shape[a] for a in flax_common.feature_axes(self.axis, x.ndim))
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+        params = Params(
+            scale=self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None,
+            bias=self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None,
+        )
+        y, new = flax_common.batch_norm(
+            self,
+            x,
+            params,
+            State(mean.value, var.value, jnp.zeros((), jnp.int32)),
+            use_running_average=bool(use_running_average),
+            dtype=flax_common.output_dtype(x, params, self.dtype),
+            initializing=self.is_initializing(),
+            mask=mask,
+            residual=residual,
+        )
+        if self.update_stats and not use_running_average and not self.is_initializing():
+            mean.value, var.value = new.mean, new.var
+        return y

@@ -1,0 +1,160 @@
+"""`flax.nnx.BatchNorm` by jbn: change the import and nothing else."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn import dtypes
+from jax import Array, lax
+from jax.nn import initializers
+
+from jbn import flax_common
+from jbn.types import Params, State
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization with the arguments, defaults, variables and output dtype of `flax.nnx.BatchNorm`.
+
+        scale, bias: nnx.Param of shape (num_features,), param_dtype, or nnx.data(None)
+        mean, var: nnx.BatchStat, likewise, float32 and never rounded to `dtype`
+
+    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized means are weighted by
+    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the statistics alone.
+
+    Arguments of flax's that mean something else here:
+        use_fast_variance: accepted for compatibility. Both values give the same, stable variance; nothing is slower.
+        promote_dtype: called as in flax, but the mean and var it returns are not used.
+        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no count.
+
+    Arguments that flax's does not have:
+        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are fused.
+        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None for all.
+        unbiased: keep n / (n - 1) times the variance in var, as PyTorch does.
+        skip_nonfinite: leave mean and var alone when the batch holds NaN or infinity.
+        update_stats: False normalizes by the batch without touching mean and var.
+        implementation: None to choose, or a name as in `jbn.batch_norm_train`.
+
+    Reference: Ioffe & Szegedy 2015.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: Any = -1,
+        momentum: Any = 0.99,
+        epsilon: Any = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable = initializers.zeros,
+        scale_init: Callable = initializers.ones,
+        axis_name: Any = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Any = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        activation: Callable[[Array], Array] | None = None,
+        virtual_batch_size: int | None = None,
+        unbiased: bool = False,
+        skip_nonfinite: bool = False,
+        update_stats: bool = True,
+        implementation: str | None = None,
+    ):
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.activation = activation
+        self.virtual_batch_size = virtual_batch_size
+        self.unbiased = unbiased
+        self.skip_nonfinite = skip_nonfinite
+        self.update_stats = update_stats
+        self.implementation = implementation
+
+    def __call__(
+        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Array | None = None
+    ) -> Array:
+        """Normalize x.
+
+        Args:
+            x: array of any dtype and rank.
+            use_running_average: normalize by mean and var instead of by the batch; goes before the constructor's.
+            mask: bool, broadcastable to x; False elements count for nothing, even if they are NaN.
+            residual: floating array of x's shape, added before the activation.
+
+        Returns:
+            y, x's shape; its dtype is `dtype`, or what x, scale, bias, mean and var promote to.
+
+        Raises:
+            ValueError, TypeError: an option out of range, arrays that do not fit x.
+            NotImplementedError: an implementation that cannot run here.
+        """
+        use_running_average = first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg="use_running_average is None, expected a bool: give it to the constructor or to the call, "
+            "or set it by train(), eval() or nnx.view(model, use_running_average=...)",
+        )
+        x = jnp.asarray(x)
+        state = State(self.mean[...], self.var[...], jnp.zeros((), jnp.int32))
+        x, params, dtype = self._promote(x, state)
+        y, new = flax_common.batch_norm(
+            self,
+            x,
+            params,
+            state,
+            use_running_average=bool(use_running_average),
+            dtype=dtype,
+            mask=mask,
+            residual=residual,
+        )
+        if self.update_stats and not use_running_average:
+            _store(self.mean, new.mean)
+            _store(self.var, new.var)
+        return y
+
+    def _promote(self, x, state):
+        """What promote_dtype makes of x and the parameters, and flax's dtype of y; explicit, so allowed in strict promotion."""
+        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        with jax.numpy_dtype_promotion("standard"):
+            promoted, _, _, scale, bias = self.promote_dtype((x, state.mean, state.var, scale, bias), dtype=self.dtype)
+            widened = jnp.promote_types(x.dtype, promoted.dtype) == promoted.dtype
+        params = Params(scale, bias)
+        dtype = flax_common.output_dtype(promoted, params, self.dtype)
+        # Flax's own function only casts. A wider cast changes no value, but would be kept for the backward pass.
+        only_cast = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(x.dtype, jnp.floating)
+        return x if only_cast and widened else promoted, params, dtype
+
+
+def _store(variable, value):
+    """As in flax no gradient flows into the stored statistics. The mean of complex x needs another dtype."""
+    value = lax.stop_gradient(value)
+    if value.dtype == variable.dtype:
+        variable[...] = value
+    else:
+        variable.set_value(value)
