@@ -38,9 +38,13 @@ class Affine(NamedTuple):
     """z = (x - shift - offset) * gain + bias, one value of each per channel; gain = scale * rstd."""
 
     shift: Array
-    offset: Array
+    offset: Array | None  # None: taken into the bias already
     gain: Array
     bias: Array
+
+    def folded(self):
+        """The same map with three vectors, z = (x - shift) * gain + bias."""
+        return self if self.offset is None else Affine(self.shift, None, self.gain, self.bias - self.offset * self.gain)
 
 
 class Pull(NamedTuple):
@@ -67,7 +71,8 @@ def accumulator(dtype) -> jnp.dtype:
 
 def pre_activation(x, affine: Affine, residual=None):
     """z of x in the accumulator dtype; x and the vectors are already broadcastable."""
-    z = (x - affine.shift) * affine.gain + (affine.bias - affine.offset * affine.gain)
+    shift, _, gain, bias = affine.folded()
+    z = (x - shift) * gain + bias
     return z if residual is None else z + residual
 
 

@@ -24,7 +24,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
 def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
-    z = pre_activation(x.astype(acc), wide(affine, x.ndim, axis), _cast(residual, acc))
+    z = pre_activation(x.astype(acc), _wide_map(affine, x.ndim, axis), _cast(residual, acc))
     return (z if activation is None else activation(z)).astype(dtype)
 
 
@@ -46,11 +46,11 @@ def bwd_apply(
     acc = accumulator(x.dtype)
     dtype = x.dtype
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
+    dx = _wide_map(affine, x.ndim, axis).gain * dz.astype(acc)
     if pull is not None:
         # (x - shift) first: it is exact where x is near the mean.
-        slope, intercept = wide(Pull(pull.slope, pull.intercept - pull.slope * affine.offset), x.ndim, axis)
-        through = (x.astype(acc) - wide(affine.shift, x.ndim, axis)) * slope + intercept
+        through_mean = Affine(affine.shift, affine.offset, pull.slope, pull.intercept)
+        through = pre_activation(x.astype(acc), _wide_map(through_mean, x.ndim, axis))
         dx = dx + (through if weights is None else through * weights.astype(acc))
     return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
@@ -97,12 +97,17 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
     if activation is not None:
         # A barrier on y, or XLA recomputes it here from x and the residual: one more tensor read.
         saved = None if saved is None else lax.optimization_barrier(saved)
-        dz = through_activation(x.astype(acc), dy.astype(acc), wide(affine, x.ndim, axis), _cast(saved, acc), activation)
+        dz = through_activation(x.astype(acc), dy.astype(acc), _wide_map(affine, x.ndim, axis), _cast(saved, acc), activation)
         # Relu's mask only keeps or drops; another derivative keeps its digits.
         dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
     if weights is not None:
         dz = jnp.where((weights <= 0) & ~jnp.isfinite(dz), 0, dz)
     return dz if dz is dy else lax.optimization_barrier(dz)
+
+
+def _wide_map(affine, ndim, axis):
+    """The map with three vectors, made before the pass over x: XLA would fuse their making into every element of it."""
+    return wide(lax.optimization_barrier(affine.folded()), ndim, axis)
 
 
 def _isolate(depth, *values):
