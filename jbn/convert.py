@@ -1,0 +1,296 @@
+"""Batch norms of other libraries to and from (Params, State), one pair of functions per library.
+
+What differs between them, and is taken care of here (`options` names it per layer):
+
+    library   momentum weighs   stored variance   eps default   names of scale, bias, mean, var
+    jbn       the old value     biased*           1e-5          scale, bias, mean, var, count
+    PyTorch   the new value     n / (n - 1)       1e-5          weight, bias, running_mean, running_var, num_batches_tracked
+    Flax      the old value     biased            1e-5          scale, bias, mean, var
+    Haiku     the old value     biased, debiased  1e-5          scale, offset, mean_ema, var_ema (average, hidden, counter)
+    Equinox   the old value     biased, debiased  1e-5          weight, bias, batch_state_index, batch_counter
+    Keras     the old value     biased            1e-3          gamma, beta, moving_mean, moving_variance
+    (* n / (n - 1) with unbiased=True)
+
+Arrays keep their dtype.  Where the target holds less than the source (no batch count in Flax and Keras), what is lost is
+said in its docstring.  Only the functions that build another library's objects import that library.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jbn.types import Params, State
+
+_EXTRA = {"torch": "install torch", "equinox": "pip install 'jbn[peers]'"}
+
+
+def options(layer: Any) -> dict[str, Any]:
+    """The keyword arguments of `jbn.batch_norm_train` with which training goes on as in another library's layer.
+
+    Args:
+        layer: a batch norm of torch.nn, flax.linen, flax.nnx, jbn, haiku, equinox or keras. For those that debias (haiku,
+            equinox), pass the `momentum` found here through `debiased_momentum`.
+
+    Returns:
+        axis, momentum, eps, unbiased; drop momentum and unbiased for `jbn.batch_norm_eval`.
+
+    Raises:
+        TypeError: no batch norm of these libraries.
+    """
+    library = type(layer).__module__.partition(".")[0]
+    if library == "torch":
+        momentum = None if layer.momentum is None else 1 - layer.momentum
+        return {"axis": 1, "momentum": momentum, "eps": layer.eps, "unbiased": True}
+    if library in ("flax", "jbn") and hasattr(layer, "epsilon"):
+        unbiased = getattr(layer, "unbiased", False)
+        return {"axis": layer.axis, "momentum": layer.momentum, "eps": layer.epsilon, "unbiased": unbiased}
+    if library == "haiku":
+        return {"axis": layer.channel_index, "momentum": layer.mean_ema.decay, "eps": layer.eps, "unbiased": False}
+    if library == "equinox":  # x [batch, channels, ...] outside its vmap
+        return {"axis": 1, "momentum": layer.momentum, "eps": layer.eps, "unbiased": False}
+    if library == "keras":
+        return {"axis": layer.axis, "momentum": layer.momentum, "eps": layer.epsilon, "unbiased": False}
+    raise TypeError(
+        f"layer is a {type(layer).__module__}.{type(layer).__name__}, expected a batch norm of torch.nn, flax, "
+        "jbn, haiku, equinox or keras"
+    )
+
+
+def debiased_momentum(momentum: float, count: Array) -> Array:
+    """The momentum of one step with which a debiased average, as in Haiku and Equinox, goes on from `count` batches.
+
+        momentum * (1 - momentum^count) / (1 - momentum^(count + 1))
+
+    It is 0 for the first batch and rises to `momentum`.  Without it, training that goes on after a conversion at batch
+    10 (momentum 0.99) gives the next batch 1 % of the weight where these libraries give it 9.6 %.
+
+    Args:
+        momentum: of the layer, in [0, 1).
+        count: int32 scalar, `state.count`.
+
+    Reference: Kingma & Ba 2015, section 3.
+    """
+    decay = jnp.asarray(momentum, jnp.float32)
+    count = count.astype(jnp.float32)
+    return decay * (1 - decay**count) / (1 - decay ** (count + 1))
+
+
+def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params, State]:
+    """A torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm.
+
+    Args:
+        state_dict: of the layer, or of a model; tensors or arrays.
+        prefix: what stands before "weight" in its keys, such as "layer1.0.bn1.".
+
+    Returns:
+        (params, state), None for the parameters of affine=False.
+
+    Raises:
+        ValueError: no running statistics under the prefix (track_running_stats=False has none).
+    """
+    found = {name: _array(state_dict[prefix + name]) for name in _TORCH_NAMES if prefix + name in state_dict}
+    if "running_mean" not in found or "running_var" not in found:
+        raise ValueError(f"state_dict has no {prefix}running_mean and running_var, expected those of a tracking batch norm")
+    count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
+    state = State(found["running_mean"], found["running_var"], count.astype(jnp.int32))
+    return Params(found.get("weight"), found.get("bias")), state
+
+
+_TORCH_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def to_torch(params: Params, state: State, prefix: str = "") -> dict[str, Any]:
+    """The state_dict of a torch batch norm; nothing is lost.
+
+    Args:
+        params, state: features of rank 1.
+        prefix: put before each name.
+
+    Returns:
+        {prefix + name: tensor}, for load_state_dict.
+
+    Raises:
+        ValueError: several feature axes.  ImportError: torch is missing.
+    """
+    torch = _import("torch")
+    _one_axis(state, "PyTorch")
+    values = (*params, state.mean, state.var)
+
+    def tensor(value):
+        if value.dtype == jnp.bfloat16:  # which NumPy has only through ml_dtypes, and torch does not read
+            return torch.from_numpy(np.array(value, np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(np.array(value))
+
+    named = {prefix + n: tensor(v) for n, v in zip(_TORCH_NAMES, values, strict=False) if v is not None}
+    return {**named, prefix + "num_batches_tracked": torch.tensor(int(state.count))}
+
+
+def from_linen(variables: Mapping[str, Any], *, count: int = 0) -> tuple[Params, State]:
+    """A flax.linen or jbn.linen BatchNorm.
+
+    Args:
+        variables: {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}} of the layer.
+        count: batches seen, which Flax does not record.
+    """
+    return from_nnx({**variables.get("params", {}), **variables["batch_stats"]}, count=count)
+
+
+def to_linen(params: Params, state: State) -> dict[str, dict[str, Array]]:
+    """The variables of a linen BatchNorm; the count is lost."""
+    learned = {name: value for name, value in params._asdict().items() if value is not None}
+    return {**({"params": learned} if learned else {}), "batch_stats": {"mean": state.mean, "var": state.var}}
+
+
+def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, State]:
+    """A flax.nnx or jbn.nnx BatchNorm.
+
+    Args:
+        values: "scale", "bias", "mean", "var" of the layer: nnx.to_pure_dict(nnx.state(layer)).
+        count: batches seen, which Flax does not record.
+    """
+    array = lambda name: None if values.get(name) is None else _array(values[name])
+    return Params(array("scale"), array("bias")), State(_array(values["mean"]), _array(values["var"]), jnp.int32(count))
+
+
+def to_nnx(params: Params, state: State) -> dict[str, Array]:
+    """The pure dict of an nnx BatchNorm, for nnx.update(layer, ...); the count is lost."""
+    variables = to_linen(params, state)
+    return {**variables.get("params", {}), **variables["batch_stats"]}
+
+
+def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = "batch_norm") -> tuple[Params, State]:
+    """A haiku.BatchNorm; the state holds its debiased averages.
+
+    Args:
+        params, state: of the transformed function.
+        name: of the module in them, such as "resnet/batch_norm_1".
+    """
+    learned = params.get(name, {})
+    vector = lambda value: None if value is None else _array(value).reshape(_array(value).size)
+    mean, var = (state[f"{name}/~/{which}"] for which in ("mean_ema", "var_ema"))
+    count = _array(mean["counter"]).astype(jnp.int32)
+    averages = State(vector(mean["average"]), vector(var["average"]), count)
+    return Params(vector(learned.get("scale")), vector(learned.get("offset"))), averages
+
+
+def to_haiku(
+    params: Params, state: State, name: str = "batch_norm", *, ndim: int, axis: int = -1, momentum: float
+) -> tuple[dict, dict]:
+    """(params, state) of a haiku.BatchNorm.
+
+    The averages are kept exactly; "hidden" is made from them and the count, to float32 rounding.
+
+    Args:
+        params, state: features of rank 1.
+        name: of the module.
+        ndim: rank of its input: Haiku's vectors are broadcastable to it.
+        axis: its feature axis.
+        momentum: its decay_rate.
+    """
+    _one_axis(state, "Haiku")
+    shape = [1] * ndim
+    shape[axis] = state.mean.size
+    learned = {"scale": params.scale, "offset": params.bias}
+    correction = 1 - momentum ** int(state.count)
+
+    def average(value):
+        value = value.reshape(shape)
+        return {"average": value, "hidden": value * jnp.asarray(correction, value.dtype), "counter": state.count}
+
+    averages = {f"{name}/~/mean_ema": average(state.mean), f"{name}/~/var_ema": average(state.var)}
+    return {name: {key: value.reshape(shape) for key, value in learned.items() if value is not None}}, averages
+
+
+def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
+    """An equinox.nn.BatchNorm of either mode; the State holds what it normalizes by in inference.
+
+    mode="batch" debiases its averages although its variance starts at 1, so they are off in the first hundreds of batches
+    (a variance of 1 becomes 100 after one batch); they are taken over as they are.  mode="ema" records no count: 1 stands for
+    "some".
+
+    Args:
+        layer: the layer.
+        state: the equinox.nn.State it belongs to.
+    """
+    params = Params(layer.weight, layer.bias)
+    if layer.mode == "ema":
+        return params, State(*state.get(layer.ema_state_index), 1 - state.get(layer.ema_first_time_index).astype(jnp.int32))
+    count = jnp.asarray(state.get(layer.batch_counter)).astype(jnp.int32)
+    mean, var = state.get(layer.batch_state_index)
+    return params, State(*(value / _equinox_correction(layer, count, value.dtype) for value in (mean, var)), count)
+
+
+def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> tuple[Any, Any]:
+    """The layer and its equinox.nn.State with these values; exact for mode="ema", to float rounding for mode="batch".
+
+    Args:
+        params, state: features of rank 1.
+        layer: a layer of as many channels, with the same parameters present.
+        equinox_state: the state it belongs to.
+
+    Raises:
+        ImportError: equinox is missing.
+    """
+    equinox = _import("equinox")
+    _one_axis(state, "Equinox")
+    if params.scale is not None:
+        layer = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(params))
+    if layer.mode == "ema":
+        equinox_state = equinox_state.set(layer.ema_first_time_index, state.count == 0)
+        return layer, equinox_state.set(layer.ema_state_index, (state.mean, state.var))
+    hidden = tuple(value * _equinox_correction(layer, state.count, value.dtype) for value in (state.mean, state.var))
+    equinox_state = equinox_state.set(layer.batch_counter, int(state.count))
+    return layer, equinox_state.set(layer.batch_state_index, hidden)
+
+
+def _equinox_correction(layer, count, dtype):
+    return jnp.where(count == 0, 1, 1 - jnp.asarray(layer.momentum, dtype) ** count.astype(dtype))
+
+
+def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
+    """A built keras.layers.BatchNormalization.
+
+    Args:
+        layer: the layer.
+        count: batches seen, which Keras does not record.
+    """
+    array = lambda variable: None if variable is None else _array(variable.value)
+    return Params(array(layer.gamma), array(layer.beta)), State(
+        _array(layer.moving_mean.value), _array(layer.moving_variance.value), jnp.int32(count)
+    )
+
+
+def to_keras(params: Params, state: State) -> list[np.ndarray]:
+    """For set_weights of a keras.layers.BatchNormalization: gamma, beta, moving mean, moving variance; the count is lost."""
+    _one_axis(state, "Keras")
+    return [np.asarray(value) for value in (*params, state.mean, state.var) if value is not None]
+
+
+def _array(value):
+    """A jax.Array of the same dtype, from whatever holds it."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        bfloat16 = str(value.dtype) == "torch.bfloat16"  # which .numpy() refuses
+        value = value.float().numpy() if bfloat16 else value.numpy()
+        value = value.astype(jnp.bfloat16) if bfloat16 else value
+    value = np.asarray(value)
+    array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
+    if array.dtype != value.dtype and value.dtype != np.int64:
+        raise ValueError(f"an array of dtype {value.dtype} would become {array.dtype}: convert under jax.enable_x64(True)")
+    return array
+
+
+def _one_axis(state, library):
+    if state.mean.ndim != 1:
+        raise ValueError(f"features have shape {state.mean.shape}, expected one axis: {library} has no batch norm over several")
+
+
+def _import(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"to build a {name} object, {name} is needed: {_EXTRA[name]}") from error
