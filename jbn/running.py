@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jbn import stats
@@ -26,7 +27,7 @@ def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_
     A channel in which nothing was counted keeps its values; so does the whole state if no channel counted anything, or,
     with skip_nonfinite, if any moment is not finite.
     """
-    dtype = jnp.promote_types(m.mean.dtype, state.mean.dtype)
+    dtype = np.promote_types(m.mean.dtype, state.mean.dtype)
     if decay is None:
         total = state.count.astype(dtype) + 1
         decay = Decay((total - 1) / total, 1 / total)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps anyway) stands in for z.
@@ -66,7 +67,7 @@ def wide(vectors, ndim, axis):
 
 def accumulator(dtype) -> jnp.dtype:
     """The dtype of statistics: float64 for float64, float32 for everything narrower."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(dtype, np.float32)  # JAX's own obeys strict promotion
 
 
 def pre_activation(x, affine: Affine, residual=None):
@@ -90,9 +91,14 @@ def through_activation(x, dy, affine: Affine, saved, activation):
     return jax.jvp(activation, (point,), (dy,))[1]
 
 
+def counted(weights):
+    """Where a weight is positive: a mask already is that."""
+    return weights if weights.dtype == jnp.bool_ else weights > 0
+
+
 def read(x, weights, mean):
     """(x as the formulas read it, where it was replaced): a zero-weight element that is not finite is read as the mean."""
     if weights is None:
         return x, None
-    unread = (weights <= 0) & ~jnp.isfinite(x)
+    unread = ~counted(weights) & ~jnp.isfinite(x)
     return jnp.where(unread, mean.astype(x.dtype), x), unread

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jbn.kernels.seam import Affine, Pull, Stats, accumulator, pre_activation, reduced_axes, through_activation, wide
+from jbn.kernels.seam import Affine, Pull, Stats, accumulator, counted, pre_activation, reduced_axes, through_activation, wide
 
 # E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured there: var within 2e-5).
 MAX_SQUARED_MEAN = 100.0
@@ -101,7 +101,7 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         # Relu's mask only keeps or drops; another derivative keeps its digits.
         dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
     if weights is not None:
-        dz = jnp.where((weights <= 0) & ~jnp.isfinite(dz), 0, dz)
+        dz = jnp.where(~counted(weights) & ~jnp.isfinite(dz), 0, dz)
     return dz if dz is dy else lax.optimization_barrier(dz)
 
 

@@ -89,4 +89,4 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
     else:
         saved = None if saved is None else saved.astype(acc)
         dz = through_activation(x.astype(acc), dy.astype(acc), vectors, saved, activation)
-    return dz if weights is None else jnp.where((weights <= 0) & ~jnp.isfinite(dz), 0, dz)
+    return dz if weights is None else jnp.where(~counted(weights) & ~jnp.isfinite(dz), 0, dz)
