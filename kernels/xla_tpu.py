@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jbn.kernels import xla
-from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, Stats, accumulator, pre_activation, reduced_axes, through_activation, wide
+from jbn.kernels.seam import (
+    SIGN_PRESERVING,
+    Affine,
+    Pull,
+    Stats,
+    accumulator,
+    counted,
+    pre_activation,
+    reduced_axes,
+    through_activation,
+    wide,
+)
 from jbn.kernels.xla import MAX_SQUARED_MEAN
 
 
