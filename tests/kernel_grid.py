@@ -51,7 +51,7 @@ def pairwise() -> list[Case]:
 
 
 def parameters() -> list:
-    """For `pytest.mark.parametrize("case", ...)`: the small pairwise cases, and under `-m grid` the others and the full grid."""
+    """For `pytest.mark.parametrize("case", ...)`: the small pairwise cases, and all the others under `-m grid`."""
     small = [case for case in pairwise() if case.channels * case.rows <= DEFAULT_SIZE]
     grid = itertools.product(CHANNELS, ROWS, ("float32", "bfloat16"), (None, "relu"), (False, True), (True,))
     others = sorted(
@@ -123,8 +123,13 @@ def _run(implementation, case, shape, x, dy, residual, scale, bias):
 
     with_shape = lambda a: None if a is None else jnp.asarray(a).reshape(shape)
     arguments = {"x": with_shape(x), "residual": with_shape(residual), "scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
-    y, pull, state = jax.vjp(layer, arguments, has_aux=True)
-    (gradients,) = pull(with_shape(dy))
+
+    @jax.jit
+    def forward_and_backward(arguments, dy):
+        y, pull, state = jax.vjp(layer, arguments, has_aux=True)
+        return y, state, pull(dy)[0]
+
+    y, state, gradients = forward_and_backward(arguments, with_shape(dy))
     as_rows = lambda a: a if a is None or a.ndim == 1 else a.reshape(x.shape)
     return as_rows(y), state, {name: as_rows(a) for name, a in gradients.items()}
 

@@ -1,0 +1,98 @@
+"""Block shapes of the GPU kernels: pure functions of ints, no device asked.
+
+A constant without a measurement says so.  `python -m jbn.bench device` runs the kernels on the card at hand.
+"""
+
+import math
+from typing import NamedTuple
+
+# Streaming multiprocessors of an H100 or H200 (an A100 has 108, a B200 148): decides only how many programs share the work.
+NUM_SMS = 132
+WARP = 32
+# One load instruction of a thread, the widest there is (seen as LDG.E.128 in the SASS for H200 of every even case).
+VECTOR_BYTES = 16
+# Width of a tile: one line of L2. Wider tiles need more registers for per-channel vectors. Not measured yet.
+TILE_BYTES = 128
+# Warps per program: 4 gives a tile of 16 rows, and no spills at 8 values a thread. Not measured yet.
+NUM_WARPS = 4
+# Programs per multiprocessor a reduction aims at: 6, of 4 tiles of 2 KB each in flight, are 48 KB, above the ~40 KB that hide
+# the latency of HBM by Little's law (4.8 TB/s / 132 * ~1 us). Not measured yet.
+PROGRAMS_PER_SM = 6
+# Tiles per program of a reduction: beyond 64, partial results are 1 % of the traffic and longer chunks gain nothing more;
+# below 16 they would be over 5 %. Not measured yet.
+MAX_REDUCED_TILES = 64
+# Loads of one array a reduction keeps in flight, in tiles (bytes in flight: see PROGRAMS_PER_SM). Not measured yet.
+UNROLL = 4
+# Tiles per program of an elementwise pass, all loaded before the first is used. Not measured yet.
+MAPPED_TILES = 4
+
+
+class Tiles(NamedTuple):
+    """How programs share a [rows, width] array: each walks down num_tiles tiles of [block_rows, block_cols]."""
+
+    rows: int
+    width: int
+    block_rows: int  # powers of two, as Triton wants them
+    block_cols: int
+    num_tiles: int
+    unroll: int  # divides num_tiles
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.block_rows * self.num_tiles
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.rows // self.chunk_rows)
+
+    @property
+    def num_columns(self) -> int:
+        return -(-self.width // self.block_cols)
+
+    @property
+    def ragged_rows(self) -> bool:
+        return self.rows % self.chunk_rows != 0
+
+    @property
+    def ragged_cols(self) -> bool:
+        return self.width % self.block_cols != 0
+
+
+def lanes(itemsize: int) -> int:
+    """Columns of a tile; arrays whose width is no multiple of it are folded first (`pallas.fold_factor`)."""
+    return TILE_BYTES // itemsize
+
+
+def reduced(rows: int, width: int, itemsize: int, num_sms: int = NUM_SMS) -> Tiles:
+    """For a pass that leaves one partial result per chunk: long chunks, but enough of them to fill the card."""
+    block_rows, block_cols = _tile(rows, width, itemsize)
+    num_rows, num_columns = -(-rows // block_rows), -(-width // block_cols)
+    wanted = -(-num_rows * num_columns // (num_sms * PROGRAMS_PER_SM))
+    num_tiles = _near(min(wanted, MAX_REDUCED_TILES, num_rows), num_rows)
+    return Tiles(rows, width, block_rows, block_cols, num_tiles, math.gcd(num_tiles, UNROLL))
+
+
+def mapped(rows: int, width: int, itemsize: int) -> Tiles:
+    """For an elementwise pass: short chunks, everything of one in flight at once."""
+    block_rows, block_cols = _tile(rows, width, itemsize)
+    num_tiles = math.gcd(-(-rows // block_rows), MAPPED_TILES)
+    return Tiles(rows, width, block_rows, block_cols, num_tiles, num_tiles)
+
+
+def _tile(rows, width, itemsize):
+    """[block_rows, block_cols] such that each thread of NUM_WARPS loads one vector, smaller for an array that is."""
+    block_cols = min(lanes(itemsize), _power_of_two(width))
+    block_rows = NUM_WARPS * WARP * VECTOR_BYTES // itemsize // block_cols
+    return min(block_rows, _power_of_two(rows)), block_cols
+
+
+def _near(target, total):
+    """A number of tiles per chunk, at most target: one that divides the total, if there is any above half of it."""
+    step = min(UNROLL, 1 << (target.bit_length() - 1))
+    candidates = range(target // step * step, target // 2, -step)
+    return next((n for n in candidates if total % n == 0), target // step * step)
+
+
+def _power_of_two(n):
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,337 @@
+"""The four functions as Pallas Triton kernels, for Ampere and newer.
+
+A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 128 bytes.  Programs walk down
+tiles; those of a reduction leave one partial result per chunk of rows, and XLA merges the chunks: no atomics, the same bits
+every time.  `interpret=True` runs the kernels on any platform.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jbn.kernels import blocks, pallas
+from jbn.kernels.blocks import Tiles
+from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot take such an x (a phrase with the implementation for its subject), or None."""
+    if dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    return pallas.channels_last(shape, axis)
+
+
+# Kernel bodies.
+
+
+def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, tiles: Tiles):
+    """Of one chunk: the mean as shift + offset, and m2. The shift is the mean of its first tile.
+
+    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its distance only, in one chunk.
+    """
+    here = _Place.of_program(tiles)
+    shift = _float32(here.load(x_ref, 0)).sum(0) / here.count(tiles.block_rows)
+    shift = jnp.where(jnp.abs(shift) < jnp.inf, shift, 0.0)
+
+    def add(t, x, sums):
+        d = here.keep_rows(t, _float32(x) - shift[None])
+        return sums[0] + d, sums[1] + d * d
+
+    total, squares = here.accumulate(add, x_ref)
+    offset = total / here.count(tiles.chunk_rows)
+    here.store_partial(shift_ref, shift)
+    here.store_partial(offset_ref, offset)
+    here.store_partial(m2_ref, squares - total * offset)
+
+
+def _bwd_stats_kernel(*refs, tiles: Tiles, activation):
+    """Of one chunk: the sums of dz and of dz * (x - mean)."""
+    *arrays, vectors_ref, sum_dz_ref, sum_dz_xc_ref = refs
+    here = _Place.of_program(tiles)
+    affine = Affine(*here.load_vectors(vectors_ref))
+
+    def add(t, x, dy, *saved_and_sums):
+        *saved, sums = saved_and_sums
+        x, dz = _float32(x), _dz(x, dy, affine, saved, activation)
+        # Rows beyond the end are read as zeros; a derivative at that point may be anything but 0 * dy is 0.
+        return sums[0] + dz, sums[1] + dz * ((x - affine.shift) - affine.offset)
+
+    total, total_xc = here.accumulate(add, *arrays)
+    here.store_partial(sum_dz_ref, total)
+    here.store_partial(sum_dz_xc_ref, total_xc)
+
+
+def _fwd_apply_kernel(*refs, tiles: Tiles, activation):
+    *arrays, vectors_ref, y_ref = refs
+    here = _Place.of_program(tiles)
+    affine = Affine(*here.load_vectors(vectors_ref))
+    loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
+    for t, (x, *residual) in enumerate(loaded):
+        z = pre_activation(_float32(x), affine, *map(_float32, residual))
+        here.store(y_ref, t, z if activation is None else activation(z))
+
+
+def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
+    arrays, vectors_ref, (dx_ref, *dz_refs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    here = _Place.of_program(tiles)
+    *affine, slope, intercept = here.load_vectors(vectors_ref)
+    affine = Affine(*affine)
+    loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
+    for t, (x, dy, *saved) in enumerate(loaded):
+        dz = _dz(x, dy, affine, saved, activation)
+        here.store(dx_ref, t, affine.gain * dz + ((_float32(x) - affine.shift) * slope + intercept))
+        for dz_ref in dz_refs:
+            here.store(dz_ref, t, dz)
+
+
+def _dz(x, dy, affine, saved, activation):
+    saved = _float32(saved[0]) if saved else None
+    return through_activation(_float32(x), _float32(dy), affine, saved, activation)
+
+
+def _float32(x):
+    return x.astype(jnp.float32)
+
+
+class _Place(NamedTuple):
+    """The chunk of rows and the tile of columns that one program works on."""
+
+    tiles: Tiles
+    chunk: Array
+    row: Array  # the first of the chunk
+    cols: pl.Slice
+
+    @classmethod
+    def of_program(cls, tiles):
+        # Columns vary fastest over programs: those in flight together read adjacent lines of the same rows.
+        column, chunk = pl.program_id(0), pl.program_id(1)
+        return cls(tiles, chunk, chunk * tiles.chunk_rows, pl.ds(column * tiles.block_cols, tiles.block_cols))
+
+    def load(self, ref, t):
+        mask = self._mask(t)
+        return plt.load(ref.at[self._rows(t), self.cols], mask=mask, other=None if mask is None else 0.0)
+
+    def store(self, ref, t, value):
+        plt.store(ref.at[self._rows(t), self.cols], value.astype(ref.dtype), mask=self._mask(t))
+
+    def load_vectors(self, ref):
+        """Each row of [vectors, width] as [1, block_cols]."""
+        mask = self._cols_mask()
+        mask, other = (None, None) if mask is None else (mask[None], 0.0)
+        return [plt.load(ref.at[pl.ds(i, 1), self.cols], mask=mask, other=other) for i in range(ref.shape[0])]
+
+    def store_partial(self, ref, vector):
+        plt.store(ref.at[self.chunk, self.cols], vector, mask=self._cols_mask())
+
+    def accumulate(self, add: Callable, *refs):
+        """Two float32 sums over all tiles, where add(t, *tile of each ref, sums) -> sums; the sums over rows of the results."""
+        tiles = self.tiles
+
+        def step(i, sums):
+            steps = [i * tiles.unroll + u for u in range(tiles.unroll)]
+            loaded = [[self.load(ref, t) for ref in refs] for t in steps]
+            for t, values in zip(steps, loaded, strict=True):
+                sums = add(t, *values, sums)
+            return sums
+
+        zeros = jnp.zeros((tiles.block_rows, tiles.block_cols), jnp.float32)
+        sums = lax.fori_loop(0, tiles.num_tiles // tiles.unroll, step, (zeros, zeros))
+        return [s.sum(0) for s in sums]
+
+    def count(self, rows):
+        """How many of the chunk's first rows there are."""
+        return jnp.minimum(self.tiles.rows - self.row, rows).astype(jnp.float32)
+
+    def keep_rows(self, t, values):
+        """Zero for rows beyond the end."""
+        return jnp.where(self._rows_mask(t), values, 0.0) if self.tiles.ragged_rows else values
+
+    def _rows(self, t):
+        return pl.ds(self.row + t * self.tiles.block_rows, self.tiles.block_rows)
+
+    def _rows_mask(self, t):
+        first = self.row + t * self.tiles.block_rows
+        return (first + jnp.arange(self.tiles.block_rows) < self.tiles.rows)[:, None]
+
+    def _cols_mask(self):
+        if not self.tiles.ragged_cols:
+            return None
+        return self.cols.start + jnp.arange(self.tiles.block_cols) < self.tiles.width
+
+    def _mask(self, t):
+        """Which elements of a tile exist; None where all do."""
+        shape = (self.tiles.block_rows, self.tiles.block_cols)
+        masks = [jnp.broadcast_to(self._rows_mask(t), shape)] if self.tiles.ragged_rows else []
+        cols = self._cols_mask()
+        masks += [] if cols is None else [jnp.broadcast_to(cols[None], shape)]
+        return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+# Launches.
+
+
+def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool) -> Stats:
+    """Count, mean and m2 of each channel; the kernel finds shifts of its own."""
+    del shift, axis
+    assert weights is None, "weighted statistics run on XLA"
+    factor = _fold_factor(x)
+    folded = pallas.fold(x, factor)
+    tiles = blocks.reduced(*folded.shape, x.dtype.itemsize)
+    partials = _partials(_fwd_stats_kernel, tiles, 3, [folded], interpret)
+    rows = jnp.minimum(tiles.chunk_rows, tiles.rows - tiles.chunk_rows * jnp.arange(tiles.num_chunks))
+    counts = jnp.repeat(rows.astype(jnp.float32), factor)
+    return pallas.merge(counts, *pallas.unfold(partials, factor))
+
+
+def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool) -> Array:
+    """y = activation((x - mean) * gain + bias + residual)."""
+    del axis
+    factor = _fold_factor(x)
+    arrays = [pallas.fold(a, factor) for a in (x, residual) if a is not None]
+    tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
+    launch = _Launch(_fwd_apply_kernel, tiles, (arrays[0].shape,), (jnp.dtype(dtype),), (("activation", activation),))
+    (y,) = _run(launch, [*arrays, _stack(affine, factor)], interpret)
+    return y.reshape(x.shape)
+
+
+def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool) -> tuple[Array, Array]:
+    """The per-channel sums of dz and of dz * (x - mean)."""
+    del axis
+    assert weights is None, "weighted sums run on XLA"
+    factor = _fold_factor(x)
+    arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
+    tiles = blocks.reduced(*arrays[0].shape, x.dtype.itemsize)
+    operands = [*arrays, _stack(affine, factor)]
+    partials = _partials(_bwd_stats_kernel, tiles, 2, operands, interpret, activation=activation)
+    sum_dz, sum_dz_xc = (p.sum(0) for p in pallas.unfold(partials, factor))
+    return sum_dz, sum_dz_xc
+
+
+def bwd_apply(
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    pull: Pull | None,
+    saved,
+    weights,
+    axis,
+    activation,
+    residual_dtype,
+    interpret: bool,
+) -> tuple[Array, Array | None]:
+    """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
+    del axis
+    assert weights is None, "weighted gradients run on XLA"
+    factor = _fold_factor(x)
+    arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
+    tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
+    slope, intercept = (jnp.zeros_like(affine.gain),) * 2 if pull is None else pull
+    vectors = _stack((*affine, slope, intercept - slope * affine.offset), factor)
+    # Without an activation dz is dy: nothing to compute.
+    separate = residual_dtype is not None and activation is not None
+    dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
+    options = (("activation", activation), ("num_inputs", len(arrays)))
+    launch = _Launch(_bwd_apply_kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, options)
+    dx, *dz = (a.reshape(x.shape) for a in _run(launch, [*arrays, vectors], interpret))
+    if residual_dtype is None:
+        return dx, None
+    return dx, dz[0] if separate else dy.astype(residual_dtype)
+
+
+def _fold_factor(x):
+    channels = x.shape[-1]
+    return pallas.fold_factor(x.size // channels, channels, blocks.lanes(x.dtype.itemsize))
+
+
+def _stack(vectors, factor):
+    """Per-channel vectors as one operand [vectors, width]: one small fusion of XLA's, however many there are."""
+    return jnp.tile(jnp.stack(tuple(vectors)), (1, factor))
+
+
+def _partials(kernel, tiles, number, operands, interpret, **options):
+    """The results [chunks, width] of a reduction."""
+    shapes = ((tiles.num_chunks, tiles.width),) * number
+    launch = _Launch(kernel, tiles, shapes, (jnp.dtype(jnp.float32),) * number, tuple(options.items()))
+    return _run(launch, operands, interpret)
+
+
+class _Launch(NamedTuple):
+    """One pallas_call; hashable, so that it can be the parameter of a primitive."""
+
+    kernel: Callable
+    tiles: Tiles
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *operands, interpret=False):
+        tiles = self.tiles
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        return pl.pallas_call(
+            functools.partial(self.kernel, tiles=tiles, **dict(self.options)),
+            grid=(tiles.num_columns, tiles.num_chunks),
+            in_specs=[anywhere] * len(operands),
+            out_specs=[anywhere] * len(self.shapes),
+            out_shape=[pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)],
+            compiler_params=plt.CompilerParams(num_warps=blocks.NUM_WARPS, num_stages=1),
+            interpret=interpret,
+            name=f"jbn{self.kernel.__name__.removesuffix('_kernel')}",
+        )(*operands)
+
+
+def _run(launch, operands, interpret):
+    return launch(*operands, interpret=True) if interpret else _launch.bind(*operands, launch=launch)
+
+
+# JAX 0.11 deprecated its Triton backend and says so whenever a kernel is lowered.  The reader of that warning could do
+# nothing about it, so it is silenced there, which takes a primitive with a lowering rule of its own.
+_launch = Primitive("jbn_triton")
+_launch.multiple_results = True
+
+
+@_launch.def_impl
+def _(*operands, launch):
+    return jax.jit(launch)(*operands)
+
+
+@_launch.def_abstract_eval
+def _(*avals, launch):
+    return jax.make_jaxpr(launch)(*avals).out_avals
+
+
+def _batch(operands, dims, *, launch):
+    batched = _Batched(launch, tuple(dims))
+    return _launch.bind(*operands, launch=batched), [0] * len(launch.shapes)
+
+
+class _Batched(NamedTuple):
+    launch: Any
+    in_axes: tuple
+
+    @property
+    def shapes(self):
+        return self.launch.shapes
+
+    def __call__(self, *operands):
+        return jax.vmap(self.launch, self.in_axes, 0)(*operands)
+
+
+def _lower(context, *operands, launch):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
+
+
+batching.primitive_batchers[_launch] = _batch
+mlir.register_lowering(_launch, _lower)
