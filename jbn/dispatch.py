@@ -27,9 +27,14 @@ def run(name: str, implementation: str | None, arrays: dict[str, Any], static: d
     Raises:
         NotImplementedError: the implementation cannot take these shapes, or (at lowering) this platform.
     """
-    if implementation in (None, "xla") or arrays.get("weights") is not None:
+    if on_xla(implementation, arrays.get("weights")):
         return _xla(name, arrays, static)
     return _kernel(name, implementation, tuple(static.items()), arrays)
+
+
+def on_xla(implementation: str | None, weights: Any) -> bool:
+    """Whether `run` takes the jnp functions, on every platform: XLA can partition what is elementwise in them."""
+    return implementation in (None, "xla") or weights is not None
 
 
 def _xla(name, arrays, static):

@@ -309,7 +309,7 @@ def _train(x, params, state, decay, eps, weights, residual, *, config):
 def _eval(x, params, state, eps, residual, *, config):
     spec, operands = _operands(x, params, eps, residual, config)
     acc = operands.scale.dtype
-    mean, var = state.mean.astype(acc), state.var.astype(acc)
+    mean, var = stats.split_alike((state.mean.astype(acc), state.var.astype(acc)), x, config.axis)
     return autodiff.normalize(spec, *stats.vary_alike((operands, mean, var)))
 
 
@@ -319,6 +319,8 @@ def _operands(x, params, eps, residual, config):
     features = tuple(x.shape[a] for a in config.axis)
     scale = jnp.ones(features, acc) if params.scale is None else params.scale.astype(acc)
     bias = jnp.zeros(features, acc) if params.bias is None else params.bias.astype(acc)
+    scale, bias = stats.split_alike((scale, bias), x, config.axis)
+    residual = stats.split_alike(residual, x, tuple(range(x.ndim)))
     operands = autodiff.Operands(x, scale, bias, residual, jnp.asarray(eps).astype(acc))
     spec = autodiff.Spec(
         axis=config.axis,

@@ -1,28 +1,250 @@
-"""One call across devices: the four functions of the seam, on the whole array wherever its parts are."""
+"""One call across devices: the four functions of the seam, on the whole array wherever its parts are.
 
-from jax import Array
+Inside shard_map and pmap the arrays are the local parts, and the caller names the axis to sum over: nothing to do here.
+On an explicit mesh the type of x says how it is split.  Under automatic sharding only the compiler knows, and asks
+`_partition` for the program of one shard.  Both run the same `_on_shard`: local sums, then one or two all-reduces of
+per-channel vectors.  XLA's own partitioner would do too where x is split along one reduced axis; along two it makes an
+all-reduce for each.  TPU has no hook to ask through (jax#38196), but folds those all-reduces by itself.
+"""
 
-from jbn import dispatch
-from jbn.kernels.seam import Affine, Pull, Stats
+import functools
+import math
+import string
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jbn import dispatch, stats
+from jbn.kernels.seam import Affine, Pull, Stats, wide
+
+FULL_SIZE = ("dy", "residual", "saved", "weights")  # arrays like x; all others are per-channel vectors
 
 
 def fwd_stats(implementation, x: Array, shift: Array, weights: Array | None, *, axis) -> Stats:
-    return dispatch.run("fwd_stats", implementation, {"x": x, "shift": shift, "weights": weights}, {"axis": axis})
+    local = Stats(*_run("fwd_stats", implementation, x, {"shift": shift, "weights": weights}, {"axis": axis}))
+    if weights is not None:
+        return local
+    # A constant, so that what depends on it alone (was anything counted?) takes no communication between channels.
+    count = jnp.full(local.count.shape, x.size // math.prod(x.shape[a] for a in axis), local.count.dtype)
+    return local._replace(count=count)
 
 
 def fwd_apply(implementation, x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
-    arrays = {"x": x, "affine": affine, "residual": residual}
-    return dispatch.run("fwd_apply", implementation, arrays, {"axis": axis, "activation": activation, "dtype": dtype})
+    static = {"axis": axis, "activation": activation, "dtype": dtype}
+    return _run("fwd_apply", implementation, x, {"affine": affine, "residual": residual}, static)[0]
 
 
 def bwd_stats(implementation, x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
-    arrays = {"x": x, "dy": dy, "affine": affine, "saved": saved, "weights": weights}
-    return dispatch.run("bwd_stats", implementation, arrays, {"axis": axis, "activation": activation})
+    arrays = {"dy": dy, "affine": affine, "saved": saved, "weights": weights}
+    sum_dz, sum_dz_xc = _run("bwd_stats", implementation, x, arrays, {"axis": axis, "activation": activation})
+    return sum_dz, sum_dz_xc
 
 
 def bwd_apply(
     implementation, x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
 ) -> tuple[Array, Array | None]:
-    arrays = {"x": x, "dy": dy, "affine": affine, "pull": pull, "saved": saved, "weights": weights}
+    arrays = {"dy": dy, "affine": affine, "pull": pull, "saved": saved, "weights": weights}
     static = {"axis": axis, "activation": activation, "residual_dtype": residual_dtype}
-    return dispatch.run("bwd_apply", implementation, arrays, static)
+    dx, *dresidual = _run("bwd_apply", implementation, x, arrays, static)
+    return dx, dresidual[0] if dresidual else None
+
+
+class _Call(NamedTuple):
+    """One of the four functions, of the leaves of (x, other arrays), after `mapped` vmaps over axis 0 of every leaf."""
+
+    name: str
+    implementation: str | None
+    static: tuple[tuple[str, Any], ...]
+    tree: Any
+    mapped: int = 0
+
+    def __call__(self, *leaves):
+        def run(*leaves):
+            x, others = jax.tree.unflatten(self.tree, leaves)
+            return jax.tree.leaves(dispatch.run(self.name, self.implementation, {"x": x, **others}, dict(self.static)))
+
+        for _ in range(self.mapped):
+            run = jax.vmap(run)
+        return run(*leaves)
+
+    @property
+    def axis(self):
+        """The axes of a leaf like x that a per-channel vector has, mapped ones included."""
+        return (*range(self.mapped), *(a + self.mapped for a in dict(self.static)["axis"]))
+
+    def full_size(self):
+        """For each leaf, whether it is like x."""
+        _, others = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
+        return jax.tree.leaves((True, {key: jax.tree.map(lambda _, k=key: k in FULL_SIZE, v) for key, v in others.items()}))
+
+
+def _run(name, implementation, x, others, static):
+    leaves, tree = jax.tree.flatten((x, others))
+    call = _Call(name, implementation, tuple(static.items()), tree)
+    mesh = jax.typeof(x).sharding.mesh
+    elementwise = name.endswith("apply") and dispatch.on_xla(implementation, others.get("weights"))
+    if elementwise or AxisType.Manual in mesh.axis_types:
+        return call(*leaves)
+    return _across(call, *leaves)
+
+
+def _on_mesh(call, *leaves):
+    mesh = jax.typeof(leaves[0]).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        return _explicit(call, mesh, *leaves)
+    return _automatic.bind(*leaves, call=call, partitioned=jax.make_jaxpr(functools.partial(_partitioned, call))(*leaves))
+
+
+# Derivatives of second and higher order take the jnp twin, on whole arrays.
+_across = jax.custom_jvp(_on_mesh, nondiff_argnums=(0,))
+
+
+@_across.defjvp
+def _(call, primals, tangents):
+    twin = call._replace(implementation="xla")
+    return _across(call, *primals), jax.jvp(twin, primals, tangents)[1]
+
+
+def _explicit(call, mesh, *leaves):
+    """shard_map over the axes that the type of x names."""
+    spec = _padded(jax.typeof(leaves[0]).sharding.spec, leaves[0].ndim)
+    in_specs, out_specs = _specs(call, spec, leaves)
+    names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    on_shard = functools.partial(_on_shard, call, spec, leaves[0].shape)
+    placed = [jax.reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, in_specs, strict=True)]
+    # The derivative rule of `_across` stands above, so nothing is left for check_vma to transpose.
+    mapped = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+    return mapped(*placed)
+
+
+def _partition(call, mesh, operands, results):
+    """The program of one shard; everything is placed as x is."""
+    del results
+    spec = _padded(operands[0].sharding.spec, len(operands[0].shape))
+    placed = lambda specs: [NamedSharding(mesh, spec) for spec in specs]
+    in_specs, out_specs = _specs(call, spec, operands)
+    return mesh, functools.partial(_on_shard, call, spec, operands[0].shape), placed(out_specs), tuple(placed(in_specs))
+
+
+def _sharding_rule(call, mesh, operands, results):
+    """Which axes of the operands and results are split alike, as in einsum; an axis of size 1 is alone."""
+    del mesh, results
+    letters = iter(string.ascii_letters)
+    factors = [next(letters) for _ in operands[0].shape]
+
+    def of(value, full_size):
+        if not full_size:
+            return " ".join(factors[a] for a in call.axis)
+        whole = operands[0].shape
+        same = zip(value.shape, whole, factors, strict=True)
+        return " ".join(factor if n == size else next(letters) for n, size, factor in same)
+
+    inputs = [of(*pair) for pair in zip(operands, call.full_size(), strict=True)]
+    outputs = [of(operands[0], call.name.endswith("apply"))] * _num_results(call)
+    return f"{', '.join(inputs)} -> {', '.join(outputs)}"
+
+
+_partitioned = custom_partitioning(lambda call, *leaves: call(*leaves), static_argnums=(0,))
+_partitioned.def_partition(_partition, sharding_rule=_sharding_rule)
+
+
+def _num_results(call):
+    if call.name == "bwd_apply":
+        return 1 if dict(call.static)["residual_dtype"] is None else 2
+    return {"fwd_stats": len(Stats._fields), "fwd_apply": 1, "bwd_stats": 2}[call.name]
+
+
+def _specs(call, spec, leaves):
+    """The specs of the operands and of the results that belong to this spec of x."""
+    vector = PartitionSpec(*(spec[a] for a in call.axis))
+    like_x = lambda leaf: PartitionSpec(*(None if n == 1 else entry for n, entry in zip(leaf.shape, spec, strict=True)))
+    operands = tuple(like_x(v) if full else vector for v, full in zip(leaves, call.full_size(), strict=True))
+    result = PartitionSpec(*spec) if call.name.endswith("apply") else vector
+    return operands, [result] * _num_results(call)
+
+
+def _on_shard(call, spec, shape, *leaves):
+    """The function on one shard of arrays like x of the given global shape, summed over the devices."""
+    reduced = [a for a in range(len(shape)) if a not in call.axis]
+    names = tuple(name for a in reduced for name in _names(spec[a]))
+    if not names or call.name.endswith("apply"):
+        return call(*leaves)
+    call, leaves = _without_padding(call, spec, shape, reduced, leaves)
+    out = call(*leaves)
+    if call.name == "fwd_stats":
+        return list(stats.psum_stats(Stats(*out), names))
+    return list(stats.psum(jnp.stack(out), names))
+
+
+def _without_padding(call, spec, shape, reduced, leaves):
+    """The last shard of an axis that does not divide evenly ends in padding: it counts nothing and has no cotangent."""
+    valid = None
+    for a in reduced:
+        if not spec[a] or shape[a] % math.prod(map(lax.axis_size, _names(spec[a]))) == 0:
+            continue
+        size = leaves[0].shape[a]
+        inside = lax.axis_index(_names(spec[a])) * size + jnp.arange(size) < shape[a]
+        inside = jnp.expand_dims(inside, [other for other in range(len(shape)) if other != a])
+        valid = inside if valid is None else valid & inside
+    if valid is None:
+        return call, leaves
+    x, others = jax.tree.unflatten(call.tree, leaves)
+    if call.name == "fwd_stats":
+        weights = others["weights"]
+        weights = valid if weights is None else jnp.where(valid, weights, jnp.zeros_like(weights))
+        leading = leaves[0].shape[: call.mapped]
+        others = {**others, "weights": jnp.broadcast_to(weights, (*leading, *weights.shape[call.mapped :]))}
+    else:
+        zero = lambda array: None if array is None else jnp.where(valid, array, jnp.zeros_like(array))
+        x = jnp.where(valid, x, wide(others["affine"].shift, x.ndim, call.axis).astype(x.dtype))
+        others = {**others, "dy": zero(others["dy"]), "saved": zero(others["saved"])}
+    leaves, tree = jax.tree.flatten((x, others))
+    return call._replace(tree=tree), leaves
+
+
+def _padded(spec, ndim):
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def _names(entry):
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+# What is partitioned automatically. `partitioned`, the same call as a jaxpr, is a parameter so that JAX sees before lowering
+# that it needs the devices.
+_automatic = Primitive("jbn_automatic")
+_automatic.multiple_results = True
+_automatic.def_impl(lambda *leaves, call, partitioned: jax.jit(jaxpr_as_fun(partitioned))(*leaves))
+
+
+@_automatic.def_abstract_eval
+def _(*avals, call, partitioned):
+    return partitioned.out_avals
+
+
+def _batch(leaves, dims, *, call, partitioned):
+    size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+    moved = [
+        jnp.broadcast_to(leaf, (size, *leaf.shape)) if dim is None else jnp.moveaxis(leaf, dim, 0)
+        for leaf, dim in zip(leaves, dims, strict=True)
+    ]
+    out = _across(call._replace(mapped=call.mapped + 1), *moved)
+    return out, [0] * len(out)
+
+
+def _lower(context, *leaves, call, partitioned):
+    """By the hook where there is one; else the local program, for XLA to partition."""
+    module = context.module_context
+    hook = len(module.platforms) == 1 and "tpu" not in module.platforms and not module.lowering_parameters.for_export
+    return mlir.lower_fun(jaxpr_as_fun(partitioned) if hook else call, multiple_results=True)(context, *leaves)
+
+
+batching.primitive_batchers[_automatic] = _batch
+mlir.register_lowering(_automatic, _lower)

@@ -32,10 +32,11 @@ def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_
         total = state.count.astype(dtype) + 1
         decay = Decay((total - 1) / total, 1 / total)
     weight_old, weight_new = (jnp.asarray(weight).astype(dtype) for weight in decay)
-    counted = m.count > 0
-    accepted = counted.any()
+    accepted = (m.count > 0).any()
     if skip_nonfinite:
         accepted = accepted & jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
+    m = stats.split_alike(m, state.mean, tuple(range(state.mean.ndim)))
+    counted = m.count > 0
 
     def average(old, new):
         mixed = weight_old * old.astype(dtype) + weight_new * new.astype(dtype)

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jbn.kernels.seam import Stats
 from jbn.types import Moments
@@ -63,6 +64,19 @@ def psum_cotangent(ct: Array, x: Array, axis_name: Hashable, axis_index_groups=N
 def varying(x: Array) -> frozenset:
     """The manual mesh axes over which x is known to differ: empty outside shard_map(check_vma=True)."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def split_alike(vectors, x: Array, axis: tuple[int, ...]):
+    """Each of a pytree of per-channel vectors split over an explicit mesh as x is along its feature axes; elsewhere as it is.
+
+    Done outside the derivative rule, so that JAX brings the gradients back to the shardings of their arguments.
+    """
+    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return vectors
+    padded = (*spec, *(None,) * (x.ndim - len(spec)))
+    sharding = NamedSharding(mesh, PartitionSpec(*(padded[a] for a in axis)))
+    return jax.tree.map(lambda vector: jax.reshard(vector, sharding), vectors)
 
 
 def vary_alike(tree):
