@@ -1,0 +1,449 @@
+"""init, batch_norm_train, batch_norm_eval and normalize against the float64 oracle."""
+# Options travel in dicts of mixed values.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import export
+
+import jbn
+from jbn import functional
+
+
+def draw(shape, dtype="float32", *, seed=0, mean=0.0, std=1.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(mean, std, shape), dtype)
+
+
+def layer(features, dtype="float32", seed=1):
+    """Params and a state none of whose values is 0 or 1."""
+    scale, bias, mean, var = np.random.default_rng(seed).uniform(0.5, 2, (4, *np.atleast_1d(features)))
+    arrays = [jnp.asarray(a, dtype) for a in (scale, bias, mean, var)]
+    return jbn.Params(*arrays[:2]), jbn.State(*arrays[2:], count=jnp.int32(0))
+
+
+def draw_weights(kind, shape, seed=2):
+    """Of one example, of one element, or floating ones of which some are zero."""
+    uniform = np.random.default_rng(seed).uniform
+    per_example = (shape[0],) + (1,) * (len(shape) - 1)
+    if kind == "examples":
+        return jnp.asarray(uniform(size=per_example) < 0.7).at[0].set(True)
+    if kind == "elements":
+        return jnp.asarray(uniform(size=shape) < 0.7)
+    return jnp.asarray(np.maximum(uniform(-0.5, 2, per_example), 0), jnp.float32).at[0].set(1.5)
+
+
+def function(name):
+    return None if name is None else getattr(jax.nn, name)
+
+
+def wide(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def assert_close(actual, expected, *, terms=1):
+    """Within the random walk of `terms` roundings of the accumulator, 8 times over, and one of the dtype itself.
+
+    Relative to the largest value, because a sum that cancels keeps the error of its terms.
+    """
+    accumulator = np.promote_types(actual.dtype, np.float32)
+    rtol = 8 * float(jnp.finfo(accumulator).eps) * terms**0.5 + float(jnp.finfo(actual.dtype).eps)
+    actual, expected = wide(actual), wide(expected)
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * max(1.0, np.abs(expected).max()))
+
+
+# (shape, axis, dtype, weights, residual, activation): pairwise, odd channel counts, M = 2 and more.
+FORWARD = [
+    ((6, 5), -1, "float32", None, False, None),
+    ((8, 7), 1, "float32", "examples", True, "relu"),
+    ((4, 3, 3, 13), -1, "float32", None, True, "silu"),
+    ((4, 13, 3, 5), 1, "float32", None, True, "relu"),
+    ((4, 13, 3, 5), 1, "float32", "elements", False, "gelu"),
+    ((4, 3, 2, 5), (1, 3), "float32", "float", True, "leaky_relu"),
+    ((3, 2, 5), (0, 2), "float32", None, False, "leaky_relu"),
+    ((5, 4), 0, "float32", "elements", False, None),
+    ((2, 3, 2, 2, 3, 3), (-1, 1), "float32", None, False, "silu"),
+    ((8, 3, 24), -1, "bfloat16", None, False, "relu"),
+    ((8, 3, 5), 1, "bfloat16", "float", True, "gelu"),
+    ((7, 5), -1, "float16", "elements", True, None),
+    ((9, 17), -1, "float16", None, False, "silu"),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "dtype", "weights", "residual", "activation"), FORWARD)
+def test_train_equals_the_oracle(shape, axis, dtype, weights, residual, activation):
+    x = draw(shape, dtype, mean=0.5)
+    axes = np.atleast_1d(axis)
+    features = tuple(shape[a] for a in sorted(a % len(shape) for a in axes))
+    params, state = layer(features)
+    options = {
+        "weights": weights and draw_weights(weights, shape),
+        "residual": draw(shape, dtype, seed=3) if residual else None,
+    }
+    y, new = jbn.batch_norm_train(
+        x, params, state, axis=axis, momentum=0.9, eps=1e-3, activation=function(activation), **options
+    )
+    expected, m = oracle.forward(x, *params, axis=axes, eps=1e-3, activation=activation, **options)
+    rows = x.size // np.prod(features)
+    assert y.dtype == x.dtype
+    assert_close(y, expected, terms=rows)
+    expected = oracle.running(oracle.State(*state), m, 0.9)
+    assert_close(new.mean, expected.mean, terms=rows)
+    assert_close(new.var, expected.var, terms=rows)
+    assert new.count == 1
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("weights", [None, "elements"])
+def test_train_in_float64(weights):
+    x, residual = draw((6, 3, 5), "float64", mean=3), draw((6, 3, 5), "float64", seed=3)
+    params, state = layer(3, "float64")
+    options = {"axis": (1,), "weights": weights and draw_weights(weights, x.shape), "residual": residual}
+    y, new = jbn.batch_norm_train(x, params, state, activation=jax.nn.gelu, momentum=0.5, **options)
+    expected, m = oracle.forward(x, *params, activation="gelu", **options)
+    assert {a.dtype for a in (y, new.mean, new.var)} == {jnp.dtype("float64")}
+    assert_close(y, expected, terms=30)
+    assert_close(new.var, oracle.running(oracle.State(*state), m, 0.5).var, terms=30)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "dtype", "residual", "activation"),
+    [
+        ((6, 5), -1, "float32", False, None),
+        ((5,), 0, "float32", True, "relu"),
+        ((4, 3, 2, 5), (1, 3), "float32", True, "silu"),
+        ((4, 13, 3), 1, "bfloat16", True, "leaky_relu"),
+        ((0, 5), -1, "float32", False, "gelu"),
+    ],
+)
+def test_eval_and_normalize_equal_the_oracle(shape, axis, dtype, residual, activation):
+    x = draw(shape, dtype)
+    axes = np.atleast_1d(axis)
+    params, state = layer(tuple(shape[a] for a in axes))
+    residual = draw(shape, dtype, seed=3) if residual else None
+    common = {"axis": axis, "eps": 0.1, "residual": residual, "activation": function(activation)}
+    y = jbn.batch_norm_eval(x, params, state, **common)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(y, jbn.normalize(x, state.mean, state.var, params, **common))
+    if x.size:
+        options = {"axis": axes, "eps": 0.1, "residual": residual, "activation": activation}
+        assert_close(y, oracle.normalize(x, state.mean, state.var, *params, **options))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_rows(rows, channels):
+    x = draw((rows, channels), mean=2)
+    params, state = layer(channels)
+    y, new = jbn.batch_norm_train(x, params, state, momentum=0.0)
+    expected, m = oracle.forward(x, *params)
+    # eps is small beside var, so an error of var is one of y: cancellation in (x - mean) costs mean / std more.
+    assert_close(y, expected, terms=16)
+    assert_close(new.var, oracle.variance(m), terms=16)
+
+
+@pytest.mark.parametrize("counted", [1, 2])
+def test_one_row_counts_among_masked_ones(counted):
+    """M = 1: the variance of a single value is 0, and y is bias there; the others are normalized like any."""
+    x = draw((4, 3))
+    weights = jnp.arange(4)[:, None] < counted
+    params, state = layer(3)
+    y, new = jbn.batch_norm_train(x, params, state, weights=weights, momentum=0.0, eps=0.1)
+    expected, m = oracle.forward(x, *params, weights=weights, eps=0.1)
+    assert_close(y, expected)
+    np.testing.assert_allclose(new.var, oracle.variance(m), rtol=1e-6, atol=1e-7)
+    if counted == 1:
+        np.testing.assert_allclose(y[0], params.bias, atol=1e-6)
+
+
+def test_eval_after_1_2_and_10_steps():
+    """The running averages by hand: a geometric series of the batches' moments."""
+    params, state = layer(3)
+    start, probe, seen = state, draw((5, 3), seed=99), []
+    for step in range(1, 11):
+        x = draw((8, 3), seed=step, mean=step, std=1 + step / 4)
+        seen.append((np.mean(wide(x), 0), np.var(wide(x), 0)))
+        _, state = jbn.batch_norm_train(x, params, state, momentum=0.7)
+        if step in (1, 2, 10):
+            mean, var = (
+                0.7**step * np.asarray(first) + sum(0.3 * 0.7 ** (step - 1 - i) * batch[which] for i, batch in enumerate(seen))
+                for which, first in enumerate((start.mean, start.var))
+            )
+            expected = (np.asarray(probe) - mean) / np.sqrt(var + 1e-5) * np.asarray(params.scale) + np.asarray(params.bias)
+            assert_close(jbn.batch_norm_eval(probe, params, state), expected, terms=step * 8)
+            assert state.count == step
+
+
+def test_eval_after_cumulative_steps():
+    """momentum=None: the plain average of what each batch said."""
+    params, state = layer(3)
+    batches = [draw((8, 3), seed=step, mean=step) for step in range(4)]
+    for x in batches:
+        _, state = jbn.batch_norm_train(x, params, state, momentum=None, unbiased=True)
+    assert_close(state.mean, np.mean([np.mean(wide(x), 0) for x in batches], 0), terms=8)
+    assert_close(state.var, np.mean([np.var(wide(x), 0, ddof=1) for x in batches], 0), terms=8)
+
+
+def test_mean_1e4_std_1():
+    """Float32 keeps x itself to 5e-4; given that x, var and y are right to float32."""
+    x = draw((4096, 64), mean=1e4)
+    params, state = jbn.init(64)
+    y, new = jbn.batch_norm_train(x, params, state, momentum=0.0)
+    expected, m = oracle.forward(x)
+    np.testing.assert_allclose(new.var, oracle.variance(m), rtol=1e-5)
+    np.testing.assert_allclose(np.std(wide(y), 0), 1, rtol=1e-3)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+def unlike_the_guess(kind):
+    """Data for which some cheap guess of the mean is far off: (x, state, weights)."""
+    rng = np.random.default_rng(0)
+    _, state = jbn.init(2)
+    if kind == "stale running mean":
+        return jnp.asarray(rng.normal(size=(4096, 2)), jnp.float32), state._replace(mean=jnp.full(2, 1e4)), None
+    x = rng.normal(1e4, 1, size=(2**20 if kind == "zero first row" else 4096, 2))
+    x[0] = {"zero first row": 0, "masked first row": 0, "NaN first row": np.nan, "inf first row": np.inf}[kind]
+    weights = None if kind == "zero first row" else jnp.arange(len(x))[:, None] > 0
+    return jnp.asarray(x, jnp.float32), state, weights
+
+
+@pytest.mark.parametrize("kind", ["stale running mean", "zero first row", "masked first row", "NaN first row", "inf first row"])
+def test_a_guess_far_off(kind):
+    x, state, weights = unlike_the_guess(kind)
+    params, _ = jbn.init(2)
+    y, new = jbn.batch_norm_train(x, params, state, momentum=0.0, weights=weights)
+    expected, m = oracle.forward(x, weights=weights)
+    np.testing.assert_allclose(new.var, oracle.variance(m), rtol=1e-3)
+    read = np.isfinite(x).all(1)
+    # An error of 1e-3 of var is half that of y.
+    np.testing.assert_allclose(y[read], expected[read], rtol=5e-4, atol=5e-5)
+    # What is not finite is read as the mean rounded to x's dtype.
+    np.testing.assert_allclose(y[~read], 0, atol=1e4 * float(jnp.finfo(x.dtype).eps))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4, -7.25e5])
+def test_constant_channels(value):
+    """Variance 0, never negative or NaN; y is the bias."""
+    x = jnp.full((12, 5), value, jnp.float32)
+    params, state = layer(5)
+    y, new = jbn.batch_norm_train(x, params, state, momentum=0.0)
+    np.testing.assert_allclose(new.mean, value, rtol=1e-6)
+    np.testing.assert_array_equal(new.var, 0)
+    np.testing.assert_allclose(y, np.broadcast_to(params.bias, x.shape), rtol=1e-6)
+
+
+def test_a_constant_channel_beside_others():
+    x = draw((64, 3), mean=5).at[:, 1].set(1e3)
+    y, new = jbn.batch_norm_train(x, *jbn.init(3), momentum=0.0)
+    assert_close(y, oracle.forward(x)[0], terms=64)
+    assert new.var[1] == 0
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_masked_element_may_hold_anything(hole, dtype):
+    x = draw((6, 4, 3), dtype)
+    weights = jnp.arange(6)[:, None, None] != 2
+    params, state = layer(3)
+    broken = x.at[2].set(hole)
+    y, new = jbn.batch_norm_train(broken, params, state, weights=weights)
+    clean_y, clean = jbn.batch_norm_train(x, params, state, weights=weights)
+    np.testing.assert_array_equal(y[weights[:, 0, 0]], clean_y[weights[:, 0, 0]])
+    jax.tree.map(np.testing.assert_array_equal, new, clean)
+    if not np.isfinite(hole):
+        assert_close(y[2], np.broadcast_to(params.bias, y[2].shape))
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_nothing_counted(holes):
+    """State unchanged, y finite."""
+    x = draw((6, 3)) if not holes else jnp.full((6, 3), jnp.nan)
+    params, state = layer(3)
+    y, new = jbn.batch_norm_train(x, params, state, weights=jnp.zeros((6, 1), bool))
+    assert np.isfinite(y).all()
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+    assert_close(y, oracle.forward(x, *params, weights=np.zeros((6, 1)))[0])
+
+
+def test_one_channel_counts_nothing():
+    """It keeps its running values; the others move on."""
+    x = draw((6, 3))
+    params, state = layer(3)
+    weights = jnp.ones((6, 3), bool).at[:, 1].set(False)
+    y, new = jbn.batch_norm_train(x, params, state, weights=weights, momentum=0.5)
+    expected, m = oracle.forward(x, *params, weights=weights)
+    assert_close(y, expected, terms=6)
+    assert_close(new.var, oracle.running(oracle.State(*state), m, 0.5).var, terms=6)
+    assert new.mean[1] == state.mean[1]
+    assert new.count == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_skip_nonfinite(bad):
+    params, state = layer(3)
+    x = draw((6, 3)).at[1, 1].set(bad)
+    _, kept = jbn.batch_norm_train(x, params, state, skip_nonfinite=True)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    _, poisoned = jbn.batch_norm_train(x, params, state)
+    assert not np.isfinite(poisoned.mean[1])
+    _, moved = jbn.batch_norm_train(draw((6, 3)), params, state, skip_nonfinite=True)
+    assert moved.count == 1
+
+
+def test_unbiased_is_pytorchs_variance():
+    x = draw((6, 3))
+    _, new = jbn.batch_norm_train(x, *layer(3), momentum=0.0, unbiased=True)
+    assert_close(new.var, np.var(wide(x), 0, ddof=1), terms=6)
+    # count <= 1: the biased one
+    _, new = jbn.batch_norm_train(x, *layer(3), momentum=0.0, unbiased=True, weights=jnp.arange(6)[:, None] < 1)
+    np.testing.assert_allclose(new.var, 0, atol=1e-7)
+
+
+def test_feature_axes_are_taken_in_ascending_order():
+    x = draw((4, 3, 2, 5))
+    params, state = layer((3, 5))
+    expected = jbn.batch_norm_train(x, params, state, axis=(1, 3))
+    for axis in ((3, 1), (-1, 1), [1, -1]):
+        jax.tree.map(np.testing.assert_array_equal, jbn.batch_norm_train(x, params, state, axis=axis), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_output_dtype(dtype):
+    x = draw((6, 3), "bfloat16")
+    params, state = layer(3)
+    y, new = jbn.batch_norm_train(x, params, state, dtype=dtype, activation=jax.nn.relu)
+    assert y.dtype == dtype
+    assert new.mean.dtype == jnp.float32
+    assert_close(y, oracle.forward(x, *params, activation="relu")[0], terms=6)
+    assert jbn.batch_norm_eval(x, params, state, dtype=dtype, activation=jnp.tanh).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_state_keeps_its_dtype(dtype):
+    params, state = layer(3)
+    state = state._replace(mean=state.mean.astype(dtype), var=state.var.astype(dtype))
+    x = draw((6, 3))
+    _, new = jbn.batch_norm_train(x, params, state, momentum=0.5)
+    assert (new.mean.dtype, new.var.dtype, new.count.dtype) == (dtype, dtype, jnp.int32)
+    expected = oracle.running(oracle.State(*state), oracle.moments(x), 0.5)
+    assert_close(new.var, expected.var, terms=6)
+    assert jbn.batch_norm_eval(x, params, new).dtype == jnp.float32
+
+
+def test_init():
+    params, state = jbn.init((2, 3))
+    np.testing.assert_array_equal(params.scale, np.ones((2, 3)))
+    np.testing.assert_array_equal(params.bias, np.zeros((2, 3)))
+    np.testing.assert_array_equal(state.mean, np.zeros((2, 3)))
+    np.testing.assert_array_equal(state.var, np.ones((2, 3)))
+    assert state.count == 0
+    assert (state.count.dtype, state.mean.dtype) == (jnp.int32, jnp.float32)
+    params, state = jbn.init(3, param_dtype=jnp.bfloat16)
+    assert (params.scale.dtype, state.mean.dtype) == (jnp.bfloat16, jnp.float32)
+    drawn, _ = jbn.init(
+        3, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.normal(), key=jax.random.key(0)
+    )
+    assert not np.allclose(drawn.scale, drawn.bias)
+
+
+@pytest.mark.x64
+def test_init_float64():
+    params, state = jbn.init(3, param_dtype=jnp.float64)
+    assert {a.dtype for a in (*params, state.mean, state.var)} == {jnp.dtype("float64")}
+    assert state.count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)])
+def test_without_scale_or_bias(present):
+    params, state = jbn.init(3, use_scale=present[0], use_bias=present[1], bias_init=jax.nn.initializers.ones)
+    assert (params.scale is not None, params.bias is not None) == present
+    x = draw((6, 3))
+    y, new = jbn.batch_norm_train(x, params, state)
+    assert_close(y, oracle.forward(x, *params)[0], terms=6)
+    assert_close(jbn.batch_norm_eval(x, params, new), oracle.normalize(x, new.mean, new.var, *params), terms=6)
+
+
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_another_activation_is_applied_to_y(where):
+    """In plain JAX, after the cast to the output dtype, which it keeps."""
+    x = draw((6, 3), "bfloat16")
+    params, state = layer(3)
+
+    def run(**options):
+        if where == "eval":
+            return jbn.batch_norm_eval(x, params, state, **options)
+        return jbn.batch_norm_train(x, params, state, **options)[0]
+
+    y = run(activation=lambda y: jnp.tanh(y.astype(jnp.float32)))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, jnp.tanh(run().astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_the_exact_gelu_is_not_taken_for_the_fused_one():
+    x = draw((6, 3))
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    y, _ = jbn.batch_norm_train(x, *layer(3), activation=exact)
+    plain, _ = jbn.batch_norm_train(x, *layer(3))
+    np.testing.assert_allclose(y, exact(plain), rtol=1e-6)
+    assert not np.allclose(wide(y), wide(jax.nn.gelu(plain)), rtol=0, atol=1e-6)
+
+
+def test_momentum_and_eps_are_arguments_not_constants():
+    """Changed values compile nothing anew."""
+    x = draw((11, 3))
+    params, state = layer(3)
+    run = lambda momentum, eps: jbn.batch_norm_train(x, params, state, momentum=momentum, eps=eps)
+    cached = lambda: (functional._train._cache_size(), functional._eval._cache_size())
+    run(0.9, 1e-5)
+    jbn.batch_norm_eval(x, params, state, eps=1e-5)
+    before = cached()
+    results = [run(momentum, eps)[1].mean for momentum, eps in ((0.5, 1e-3), (0.0, 1e-1))]
+    jbn.batch_norm_eval(x, params, state, eps=1e-3)
+    assert cached() == before
+    assert not np.allclose(wide(results[0]), wide(results[1]))
+
+
+@pytest.mark.parametrize("weights", [None, "float"])
+def test_the_same_bits_every_time(weights):
+    x = draw((64, 5, 7), "bfloat16")
+    params, state = layer(7)
+    weights = weights and draw_weights(weights, x.shape)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def run(x, params):
+        y, _ = jbn.batch_norm_train(x, params, state, weights=weights, activation=jax.nn.gelu)
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    first, second = run(x, params), run(x, params)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture
+def exported():
+    """The eval function for three platforms, and its arguments."""
+    x = draw((6, 5, 3))
+    params, state = layer(3)
+    evaluate = jax.jit(lambda x, p, s: jbn.batch_norm_eval(x, jbn.Params(*p), jbn.State(*s), activation=jax.nn.relu))
+    arguments = (x, tuple(params), tuple(state))
+    return export.export(evaluate, platforms=("cpu", "cuda", "tpu"))(*arguments), arguments, evaluate(*arguments)
+
+
+def test_export_for_three_platforms_in_one_artifact(exported):
+    artifact, arguments, expected = exported
+    assert artifact.platforms == ("cpu", "cuda", "tpu")
+    np.testing.assert_array_equal(artifact.call(*arguments), expected)
+
+
+def test_an_exported_artifact_is_loaded_again(exported):
+    pytest.importorskip("flatbuffers", reason="needs flatbuffers, by which jax.export serializes: pip install flatbuffers")
+    artifact, arguments, expected = exported
+    loaded = export.deserialize(artifact.serialize())
+    assert loaded.platforms == ("cpu", "cuda", "tpu")
+    np.testing.assert_array_equal(loaded.call(*arguments), expected)
