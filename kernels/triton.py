@@ -108,30 +108,30 @@ class _Place(NamedTuple):
 
     tiles: Tiles
     chunk: Array
-    row: Array  # the first of the chunk
-    cols: pl.Slice
+    row: Array  # where the chunk begins
+    column: Array  # where the tile begins
 
     @classmethod
     def of_program(cls, tiles):
         # Columns vary fastest over programs: those in flight together read adjacent lines of the same rows.
-        column, chunk = pl.program_id(0), pl.program_id(1)
-        return cls(tiles, chunk, chunk * tiles.chunk_rows, pl.ds(column * tiles.block_cols, tiles.block_cols))
+        chunk, column = pl.program_id(1), pl.program_id(0)
+        return cls(tiles, chunk, chunk * tiles.chunk_rows, column * tiles.block_cols)
 
     def load(self, ref, t):
         mask = self._mask(t)
-        return plt.load(ref.at[self._rows(t), self.cols], mask=mask, other=None if mask is None else 0.0)
+        return plt.load(ref.at[self._rows(t), self._cols()], mask=mask, other=None if mask is None else 0.0)
 
     def store(self, ref, t, value):
-        plt.store(ref.at[self._rows(t), self.cols], value.astype(ref.dtype), mask=self._mask(t))
+        plt.store(ref.at[self._rows(t), self._cols()], value.astype(ref.dtype), mask=self._mask(t))
 
     def load_vectors(self, ref):
         """Each row of [vectors, width] as [1, block_cols]."""
         mask = self._cols_mask()
         mask, other = (None, None) if mask is None else (mask[None], 0.0)
-        return [plt.load(ref.at[pl.ds(i, 1), self.cols], mask=mask, other=other) for i in range(ref.shape[0])]
+        return [plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other) for i in range(ref.shape[0])]
 
     def store_partial(self, ref, vector):
-        plt.store(ref.at[self.chunk, self.cols], vector, mask=self._cols_mask())
+        plt.store(ref.at[self.chunk, self._cols()], vector, mask=self._cols_mask())
 
     def accumulate(self, add: Callable, *refs):
         """Two float32 sums over all tiles, where add(t, *tile of each ref, sums) -> sums; the sums over rows of the results."""
@@ -159,6 +159,9 @@ class _Place(NamedTuple):
     def _rows(self, t):
         return pl.ds(self.row + t * self.tiles.block_rows, self.tiles.block_rows)
 
+    def _cols(self):
+        return pl.ds(self.column, self.tiles.block_cols)
+
     def _rows_mask(self, t):
         first = self.row + t * self.tiles.block_rows
         return (first + jnp.arange(self.tiles.block_rows) < self.tiles.rows)[:, None]
@@ -166,7 +169,7 @@ class _Place(NamedTuple):
     def _cols_mask(self):
         if not self.tiles.ragged_cols:
             return None
-        return self.cols.start + jnp.arange(self.tiles.block_cols) < self.tiles.width
+        return self.column + jnp.arange(self.tiles.block_cols) < self.tiles.width
 
     def _mask(self, t):
         """Which elements of a tile exist; None where all do."""
