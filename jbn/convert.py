@@ -92,7 +92,7 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
     Raises:
         ValueError: no running statistics under the prefix (track_running_stats=False has none).
     """
-    found = {name: _array(state_dict[prefix + name]) for name in _TORCH_NAMES if prefix + name in state_dict}
+    found = {name: to_array(state_dict[prefix + name]) for name in _TORCH_NAMES if prefix + name in state_dict}
     if "running_mean" not in found or "running_var" not in found:
         raise ValueError(f"state_dict has no {prefix}running_mean and running_var, expected those of a tracking batch norm")
     count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
@@ -152,8 +152,8 @@ def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, Stat
         values: "scale", "bias", "mean", "var" of the layer: nnx.to_pure_dict(nnx.state(layer)).
         count: batches seen, which Flax does not record.
     """
-    array = lambda name: None if values.get(name) is None else _array(values[name])
-    return Params(array("scale"), array("bias")), State(_array(values["mean"]), _array(values["var"]), jnp.int32(count))
+    array = lambda name: None if values.get(name) is None else to_array(values[name])
+    return Params(array("scale"), array("bias")), State(to_array(values["mean"]), to_array(values["var"]), jnp.int32(count))
 
 
 def to_nnx(params: Params, state: State) -> dict[str, Array]:
@@ -170,9 +170,9 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = 
         name: of the module in them, such as "resnet/batch_norm_1".
     """
     learned = params.get(name, {})
-    vector = lambda value: None if value is None else _array(value).reshape(_array(value).size)
+    vector = lambda value: None if value is None else to_array(value).reshape(to_array(value).size)
     mean, var = (state[f"{name}/~/{which}"] for which in ("mean_ema", "var_ema"))
-    count = _array(mean["counter"]).astype(jnp.int32)
+    count = to_array(mean["counter"]).astype(jnp.int32)
     averages = State(vector(mean["average"]), vector(var["average"]), count)
     return Params(vector(learned.get("scale")), vector(learned.get("offset"))), averages
 
@@ -218,10 +218,12 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
     """
     params = Params(layer.weight, layer.bias)
     if layer.mode == "ema":
-        return params, State(*state.get(layer.ema_state_index), 1 - state.get(layer.ema_first_time_index).astype(jnp.int32))
+        mean, var = state.get(layer.ema_state_index)
+        return params, State(mean, var, 1 - state.get(layer.ema_first_time_index).astype(jnp.int32))
     count = jnp.asarray(state.get(layer.batch_counter)).astype(jnp.int32)
     mean, var = state.get(layer.batch_state_index)
-    return params, State(*(value / _equinox_correction(layer, count, value.dtype) for value in (mean, var)), count)
+    correction = _equinox_correction(layer, count, mean.dtype)
+    return params, State(mean / correction, var / correction, count)
 
 
 def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> tuple[Any, Any]:
@@ -242,9 +244,9 @@ def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> 
     if layer.mode == "ema":
         equinox_state = equinox_state.set(layer.ema_first_time_index, state.count == 0)
         return layer, equinox_state.set(layer.ema_state_index, (state.mean, state.var))
-    hidden = tuple(value * _equinox_correction(layer, state.count, value.dtype) for value in (state.mean, state.var))
+    correction = _equinox_correction(layer, state.count, state.mean.dtype)
     equinox_state = equinox_state.set(layer.batch_counter, int(state.count))
-    return layer, equinox_state.set(layer.batch_state_index, hidden)
+    return layer, equinox_state.set(layer.batch_state_index, (state.mean * correction, state.var * correction))
 
 
 def _equinox_correction(layer, count, dtype):
@@ -258,9 +260,9 @@ def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
         layer: the layer.
         count: batches seen, which Keras does not record.
     """
-    array = lambda variable: None if variable is None else _array(variable.value)
+    array = lambda variable: None if variable is None else to_array(variable.value)
     return Params(array(layer.gamma), array(layer.beta)), State(
-        _array(layer.moving_mean.value), _array(layer.moving_variance.value), jnp.int32(count)
+        to_array(layer.moving_mean.value), to_array(layer.moving_variance.value), jnp.int32(count)
     )
 
 
@@ -270,7 +272,7 @@ def to_keras(params: Params, state: State) -> list[np.ndarray]:
     return [np.asarray(value) for value in (*params, state.mean, state.var) if value is not None]
 
 
-def _array(value):
+def to_array(value: Any) -> Array:
     """A jax.Array of the same dtype, from whatever holds it."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()

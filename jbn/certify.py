@@ -1,0 +1,53 @@
+"""How far two versions of a model are apart: the proof handed out with a fold or a conversion."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Largest difference of two functions, measured on given inputs and promised for nothing else.
+
+    Attributes:
+        max_error: largest absolute difference of any output element; NaN if an output was not finite.
+        max_output: largest absolute value of the reference's outputs, to compare max_error with.
+        inputs: how many inputs were tried.
+    """
+
+    max_error: float
+    max_output: float
+    inputs: int
+
+    def require(self, tolerance: float) -> "Certificate":
+        """Itself, if max_error is at most `tolerance`; otherwise (NaN too) ValueError."""
+        if not self.max_error <= tolerance:
+            raise ValueError(f"max_error is {self.max_error}, expected at most {tolerance}: {self}")
+        return self
+
+
+def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> Certificate:
+    """Compare two functions of one argument that each return one array.
+
+    Args:
+        reference: the model before.
+        candidate: the model after; may belong to another library, as long as NumPy reads its output.
+        inputs: arguments for both, such as batches of real data; all are tried.
+
+    Raises:
+        ValueError: no inputs, or outputs of different shapes.
+    """
+    error, largest, tried = 0.0, 0.0, 0
+    for x in inputs:
+        expected, found = (np.asarray(f(x)).astype(np.float64) for f in (reference, candidate))
+        if expected.shape != found.shape:
+            raise ValueError(f"outputs of shape {expected.shape} and {found.shape}, expected the same")
+        # np.maximum keeps a NaN, max() may not.
+        error = float(np.maximum(error, np.abs(expected - found).max(initial=0)))
+        largest = float(np.maximum(largest, np.abs(expected).max(initial=0)))
+        tried += 1
+    if not tried:
+        raise ValueError("inputs is empty, expected at least one: a certificate says nothing without them")
+    return Certificate(error, largest, tried)
