@@ -300,7 +300,7 @@ def _train(x, params, state, decay, eps, weights, residual, *, config):
     spec, operands = _operands(x, params, eps, residual, config)
     weights = None if weights is None else jax.lax.stop_gradient(weights)
     guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
-    y, batch = autodiff.batch_norm(spec, operands, weights, guess)
+    y, batch = autodiff.batch_norm(spec, *stats.vary_alike((operands, weights, guess)))
     m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
     return y, running.fold(state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
 
