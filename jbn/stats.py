@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbn.kernels.seam import Stats
+from jbn.kernels.seam import Stats, settled
 from jbn.types import Moments
 
 
@@ -35,7 +35,7 @@ def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
         return s
     count, total = psum(jnp.stack([s.count, s.count * (s.shift + s.offset)]), axis_name, axis_index_groups)
     divisor = jnp.where(count > 0, count, 1)
-    shift = total / divisor
+    shift = settled(total / divisor)
     delta = (s.shift - shift) + s.offset
     m2, rest = psum(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]), axis_name, axis_index_groups)
     offset = rest / divisor

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 # Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps anyway) stands in for z.
 SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
@@ -63,6 +63,16 @@ def reduced_axes(ndim, axis) -> tuple[int, ...]:
 def wide(vectors, ndim, axis):
     """Per-channel vectors (a pytree of them) made broadcastable against an array of rank ndim."""
     return jax.tree.map(lambda v: jnp.expand_dims(v, reduced_axes(ndim, axis)), vectors)
+
+
+def settled(shift):
+    """The shift without its last three bits: a number that every use reads alike.
+
+    XLA makes a division a product and may contract that with the subtraction x - shift: this one use would then see more
+    digits of the mean than the sums about it are corrected for (measured on CPU: y off by 4e-4 at mean 1e4, std 1).
+    """
+    precision = jnp.finfo(shift.dtype)
+    return lax.reduce_precision(shift, precision.nexp, precision.nmant - 3)
 
 
 def accumulator(dtype) -> jnp.dtype:

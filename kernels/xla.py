@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jbn.kernels.seam import Affine, Pull, Stats, accumulator, counted, pre_activation, reduced_axes, through_activation, wide
+from jbn.kernels.seam import Affine, Pull, Stats, accumulator, counted, pre_activation, reduced_axes, settled, through_activation, wide
 
 # E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured there: var within 2e-5).
 MAX_SQUARED_MEAN = 100.0
@@ -83,7 +83,7 @@ def _weighted_stats(x, weights, axis):
     count = weights.sum(reduced)
     divisor = jnp.where(count > 0, count, 1)
     x = jnp.where(weights > 0, x.astype(acc), 0)
-    shift = (weights * x).sum(reduced) / divisor
+    shift = settled((weights * x).sum(reduced) / divisor)
     centered = jnp.where(weights > 0, x - wide(shift, x.ndim, axis), 0)
     offset = (weights * centered).sum(reduced) / divisor
     m2 = (weights * jnp.square(centered)).sum(reduced) - count * jnp.square(offset)
