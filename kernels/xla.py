@@ -9,7 +9,18 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jbn.kernels.seam import Affine, Pull, Stats, accumulator, counted, pre_activation, reduced_axes, settled, through_activation, wide
+from jbn.kernels.seam import (
+    Affine,
+    Pull,
+    Stats,
+    accumulator,
+    counted,
+    pre_activation,
+    reduced_axes,
+    settled,
+    through_activation,
+    wide,
+)
 
 # E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured there: var within 2e-5).
 MAX_SQUARED_MEAN = 100.0
