@@ -69,7 +69,6 @@ def bwd_apply(
 def _plain_stats(x, axis):
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
-    features = tuple(x.shape[a] for a in axis)
     count = math.prod(x.shape[a] for a in reduced)
     mean = _isolate(1, x).astype(acc).sum(reduced) / count
     square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
@@ -82,8 +81,7 @@ def _plain_stats(x, axis):
 
     near_zero = jnp.all(mean * mean <= MAX_SQUARED_MEAN * var)
     offset, var = lax.cond(near_zero, lambda x, mean: (jnp.zeros_like(mean), var), centered, x, mean)
-    counts = jnp.full(features, count, acc)
-    return Stats(counts, mean, offset, jnp.maximum(var, 0) * count)
+    return Stats(jnp.full_like(mean, count), mean, offset, jnp.maximum(var, 0) * count)
 
 
 def _weighted_stats(x, weights, axis):
