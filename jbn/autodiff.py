@@ -86,7 +86,8 @@ def _(spec, primals, tangents):
     operands, weights, guess = primals
     y, batch = batch_norm(spec, operands, weights, guess)
     residuals = _residuals(spec, operands, weights, batch, y)
-    t_y, (t_mean, t_var) = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), None))
+    t_y, t_stats = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), None))
+    t_mean, t_var = (stats.unmapped(t, residuals.x, spec.axis_name, spec.axis_index_groups) for t in t_stats)
     return (y, batch), (t_y, BatchStats(jnp.zeros_like(batch.count), jnp.zeros_like(batch.shift), t_mean, t_var))
 
 

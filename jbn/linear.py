@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -29,7 +29,7 @@ def linear(forward: Callable, transpose: Callable, static: Hashable, residuals: 
     flat_tangents, in_tree = jax.tree.flatten(tangents)
     out_tree = jax.tree.structure(jax.eval_shape(functools.partial(forward, static), residuals, tangents))
     op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree))
-    return jax.tree.unflatten(out_tree, _linear.bind(*flat_residuals, *flat_tangents, op=op))
+    return jax.tree.unflatten(out_tree, _bind(op, *flat_residuals, *flat_tangents))
 
 
 class _Map(NamedTuple):
@@ -82,44 +82,49 @@ def _run(*operands, op):
     return list(op(operands[: op.num_residuals], operands[op.num_residuals :]))
 
 
+def _bind(op, *operands):
+    """The body travels along as a jaxpr, so that JAX sees what it needs for lowering (see `partition`)."""
+    return _linear.bind(*operands, op=op, body=jax.make_jaxpr(functools.partial(_run, op=op))(*operands))
+
+
 _jitted = jax.jit(_run, static_argnames="op")
 _linear = Primitive("jbn_linear")
 _linear.multiple_results = True
 
 
 @_linear.def_impl
-def _(*operands, op):
+def _(*operands, op, body):
     return _jitted(*operands, op=op)
 
 
 @_linear.def_abstract_eval
-def _(*avals, op):
-    return jax.make_jaxpr(functools.partial(_run, op=op))(*avals).out_avals
+def _(*_, op, body):
+    return body.out_avals
 
 
-def _jvp(primals, tangents, *, op):
+def _jvp(primals, tangents, *, op, body):
     """Linear in the values; in the residuals, JAX differentiates the body."""
     n = op.num_residuals
-    out = _linear.bind(*primals, op=op)
+    out = _bind(op, *primals)
     terms = []
     if any(type(t) is not ad.Zero for t in tangents[n:]):
-        terms.append(_linear.bind(*primals[:n], *map(ad.instantiate_zeros, tangents[n:]), op=op))
+        terms.append(_bind(op, *primals[:n], *map(ad.instantiate_zeros, tangents[n:])))
     if any(type(t) is not ad.Zero for t in tangents[:n]):
         at_values = lambda *residuals: op(residuals, primals[n:])
         terms.append(jax.jvp(at_values, tuple(primals[:n]), tuple(map(ad.instantiate_zeros, tangents[:n])))[1])
     return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)] if terms else [jnp.zeros_like(o) for o in out]
 
 
-def _transpose(cotangents, *operands, op):
+def _transpose(cotangents, *operands, op, body):
     residuals, values = operands[: op.num_residuals], operands[op.num_residuals :]
-    out = _linear.bind(*residuals, *map(ad.instantiate_zeros, cotangents), op=op.transposed())
+    out = _bind(op.transposed(), *residuals, *map(ad.instantiate_zeros, cotangents))
     linear_in = map(ad.is_undefined_primal, values)
     return [None] * len(residuals) + [ct if undefined else None for ct, undefined in zip(out, linear_in, strict=True)]
 
 
-def _batch(axis_data, operands, dims, *, op):
+def _batch(axis_data, operands, dims, *, op, body):
     if all(dim is None for dim in dims):  # fancy batchers are called with unmapped operands too
-        out = _linear.bind(*operands, op=op)
+        out = _bind(op, *operands)
         return out, [None] * len(out)
     n = op.num_residuals
     moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)]
@@ -130,11 +135,15 @@ def _batch(axis_data, operands, dims, *, op):
     named = {"axis_name": axis_data.name} if isinstance(axis_data.name, str) else {}
     arguments = {"axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name, **named}
     in_axes = tuple(None if dim is None else 0 for dim in dims[:n])
-    out = _linear.bind(*moved, op=_Batched(op, in_axes, tuple(arguments.items())))
+    out = _bind(_Batched(op, in_axes, tuple(arguments.items())), *moved)
     return out, [0] * len(out)
+
+
+def _lower(context, *operands, op, body):
+    return mlir.lower_fun(jaxpr_as_fun(body), multiple_results=True)(context, *operands)
 
 
 ad.primitive_jvps[_linear] = _jvp
 ad.primitive_transposes[_linear] = _transpose
 batching.fancy_primitive_batchers[_linear] = _batch
-mlir.register_lowering(_linear, mlir.lower_fun(_run, multiple_results=True))
+mlir.register_lowering(_linear, _lower)

@@ -54,11 +54,20 @@ def psum_cotangent(ct: Array, x: Array, axis_name: Hashable, axis_index_groups=N
 
     Under shard_map(check_vma=True) the cotangent of an invariant value is the total already.
     """
-    if axis_name is None:
-        return ct
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    partial = tuple(name for name in names if name not in varying(x) - varying(ct))
-    return psum(ct, partial, axis_index_groups) if partial else ct
+    names = _untyped(axis_name, x, ct)
+    return psum(ct, names, axis_index_groups) if names else ct
+
+
+def unmapped(tangent: Array, x: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
+    """A tangent that psum from x made equal everywhere, as vmap knows it of the primal: a value without the mapped axis."""
+    names = _untyped(axis_name, x, tangent)
+    return lax.pmean(tangent, names, axis_index_groups=axis_index_groups) if names else tangent
+
+
+def _untyped(axis_name, x, value):
+    """Those of the mapped axes over which the type of a value made by psum from x does not say that it is equal."""
+    names = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
+    return tuple(name for name in names if name not in varying(x) - varying(value))
 
 
 def varying(x: Array) -> frozenset:
