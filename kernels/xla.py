@@ -73,15 +73,16 @@ def _plain_stats(x, axis):
     mean = _isolate(1, x).astype(acc).sum(reduced) / count
     square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
     var = square - mean * mean
+    shift = settled(mean)
 
-    def centered(x, mean):
-        (x1, mean1), (x2, mean2) = _isolate(1, x, mean), _isolate(2, x, mean)
-        offset = (x1.astype(acc) - wide(mean1, x.ndim, axis)).sum(reduced) / count
-        return offset, jnp.square(x2.astype(acc) - wide(mean2, x.ndim, axis)).sum(reduced) / count - offset * offset
+    def centered(x, shift):
+        (x1, shift1), (x2, shift2) = _isolate(1, x, shift), _isolate(2, x, shift)
+        offset = (x1.astype(acc) - wide(shift1, x.ndim, axis)).sum(reduced) / count
+        return offset, jnp.square(x2.astype(acc) - wide(shift2, x.ndim, axis)).sum(reduced) / count - offset * offset
 
     near_zero = jnp.all(mean * mean <= MAX_SQUARED_MEAN * var)
-    offset, var = lax.cond(near_zero, lambda x, mean: (jnp.zeros_like(mean), var), centered, x, mean)
-    return Stats(jnp.full_like(mean, count), mean, offset, jnp.maximum(var, 0) * count)
+    offset, var = lax.cond(near_zero, lambda x, shift: (mean - shift, var), centered, x, shift)
+    return Stats(jnp.full_like(mean, count), shift, offset, jnp.maximum(var, 0) * count)
 
 
 def _weighted_stats(x, weights, axis):
