@@ -1,0 +1,143 @@
+"""python -m jbn.bench op | traffic | model | device: what jbn costs, beside what its peers cost."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from jbn.bench import cases, device, model, op, peers, pictures, report, targets, traffic
+
+_OP_COLUMNS = ("case", "mode", "dtype", "peer", "implementation", "median_ms", "q1_ms", "q3_ms")
+_OP_COLUMNS += ("ratio_vs_flax", "times_roofline")
+_LAYER_COLUMNS = ("case", "mode", "peer", "moved_T", "usual_T", "bound_T", "saved_T", "temporary_T", "kernels")
+_LAYER_COLUMNS += ("estimated_cycles", "ratio_vs_flax")
+_STEP_COLUMNS = ("case", "peer", "moved_GB", "outside_products_GB", "temporary_GB", "kernels", "estimated_cycles")
+_STEP_COLUMNS += ("ratio_of", "ratio_vs_flax")
+_MODEL_COLUMNS = ("case", "peer", "implementation", "median_ms", "q1_ms", "q3_ms", "ratio_vs_flax", "images_per_s")
+_MODEL_COLUMNS += ("peak_GB", "first_loss", "second_loss")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m jbn.bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--filter", default="", help="only rows whose case, mode, dtype or peer contain all these words")
+    common.add_argument("--quick", action="store_true", help="a small choice: under 60 s on two CPU cores")
+    common.add_argument("--repeats", type=int, help="rounds of measurement")
+    common.add_argument("--json", metavar="FILE", help="write one JSON object a row")
+    common.add_argument("--plot", metavar="FILE", help="draw a picture (extra bench)")
+    command = commands.add_parser("op", parents=[common], help="time one layer, against every peer installed")
+    command.add_argument("--batch", type=int, help="images in a batch")
+    command.set_defaults(run=_op)
+    command = commands.add_parser("traffic", parents=[common], help="bytes moved, compiled for a target and not run")
+    command.add_argument("--target", nargs="+", default=["cpu"], help=f"{', '.join(targets.TARGETS)}; GPUs and TPUs: extra aot")
+    command.add_argument("--batch", type=int, default=128, help="images in the ResNet-50 step")
+    command.add_argument("--side", type=int, default=224, help="their height and width")
+    command.set_defaults(run=_traffic)
+    command = commands.add_parser("model", parents=[common], help="time a ResNet-50 train step")
+    command.add_argument("--batch", type=int, help="images in a step (default: by memory)")
+    command.add_argument("--side", type=int, help="their height and width")
+    command.set_defaults(run=_model)
+    command = commands.add_parser("device", parents=[common], help="everything about this device, in 8 minutes at most")
+    command.add_argument("--out", metavar="FOLDER", default="results", help="where the tables and pictures go")
+    command.add_argument("--seconds", type=float, default=470, help="stop after so long")
+    command.set_defaults(run=_device)
+    return parser
+
+
+def _op(options):
+    backend = jax.default_backend()
+    problems = cases.quick() if options.quick else cases.problems(options.batch or (8 if backend == "cpu" else 128))
+    contestants, missing = peers.find(backend, compiled=not options.quick)
+    problems, contestants = _filtered(options.filter, problems, contestants)
+    if not problems:
+        print(f"--filter {options.filter!r} leaves nothing", file=sys.stderr)
+        return 2
+    rounds = options.repeats or (15 if options.quick else 21)
+    rows = []
+    measured = op.measure(problems, contestants, rounds=rounds, seconds=0.004 if options.quick else 0.02)
+    for found in report.progress(measured, len(problems), lambda rows: f"{rows[0]['case']} {rows[0]['mode']}"):
+        rows += found
+    print(report.table(rows, _OP_COLUMNS))
+    print(f"x ~ N(0.5, 2); {rounds} rounds; times_roofline: of a copy of x measured in the same rounds, each pass over memory")
+    return _finish(options, rows, missing)
+
+
+def _traffic(options):
+    layer_rows, step_rows = [], []
+    for target in options.target:
+        choice = {"operations": ("bn_relu",), "modes": ("forward_backward",)} if options.quick else {}
+        found = traffic.layer_rows(target, **choice)
+        found = [row for row in report.progress(found, 2 if options.quick else 12) if _matches(options.filter, row)]
+        print(f"target {target}: one layer, in units of T = the bytes of x; a conditional counts its dearest branch")
+        print("(under usual_T its cheapest); bound_T: every pass over memory; saved_T: kept for the backward pass")
+        print(report.table(found, _LAYER_COLUMNS) + "\n")
+        layer_rows += found
+        if options.quick or target == "cpu":
+            continue
+        print(f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products")
+        found = traffic.model_rows(target, batch=options.batch, side=options.side)
+        found = [row for row in report.progress(found, 2) if _matches(options.filter, row)]
+        print(report.table(found, _STEP_COLUMNS) + "\n")
+        step_rows += found
+    return _finish(options, layer_rows + step_rows, [], plot=pictures.plot_traffic)
+
+
+def _model(options):
+    batch, side = model.batch_for(jax.devices()[0])
+    rounds = options.repeats or (3 if options.quick else 15)
+    rows, missing = model.measure(
+        batch=options.batch or batch, side=options.side or side, rounds=rounds, compiled=not options.quick
+    )
+    rows = [row for row in rows if _matches(options.filter, row)]
+    print(report.table(rows, _MODEL_COLUMNS))
+    return _finish(options, rows, missing)
+
+
+def _device(options):
+    only = ("copy", "op") if options.quick else None
+    rows = device.run(options.out, seconds=options.seconds, words=options.filter, only=only)
+    print((Path(options.out) / "results.md").read_text())
+    if options.json:
+        report.write_json(options.json, rows)
+    return 0
+
+
+def _matches(words, row):
+    text = " ".join(str(row.get(key, "")) for key in ("case", "mode", "dtype", "peer", "implementation"))
+    return all(word in text for word in words.split())
+
+
+def _filtered(words, problems, contestants):
+    """Each word narrows the problems if it occurs in one, else the peers; flax.linen stays, as the reference."""
+    for word in words.split():
+        matching = [p for p in problems if word in f"{p.name} {p.mode} {p.dtype}"]
+        if matching:
+            problems = matching
+        else:
+            kept = [peer for peer in contestants if word in peer.name]
+            problems = problems if kept else []
+            contestants = [peer for peer in contestants if peer in kept or peer.name == op.REFERENCE]
+    return problems, contestants
+
+
+def _finish(options, rows, missing, plot=pictures.plot_ratios):
+    environment = report.environment()
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    if missing:
+        print(f"not installed, so not compared: {', '.join(missing)} (extra peers; torch by itself)")
+    if options.json:
+        report.write_json(options.json, [row | environment for row in rows])
+    if options.plot:
+        plot(options.plot, rows, f"{environment['device']}, jax {environment['jax']}, {environment['date']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The libraries that compute the same thing, each used as its own documentation says."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbn.bench import layers
+from jbn.bench.cases import Problem
+from jbn.dispatch import PLATFORMS
+
+
+class Peer(NamedTuple):
+    """One way to run a problem.
+
+    build(problem, input_sets) returns run(i), which starts the computation on input set i and returns what `wait` waits
+    for, or None where the library has no such layout.  What run returns begins with y.
+    """
+
+    library: str
+    implementation: str
+    build: Callable[[Problem, int], Callable[[int], Any] | None]
+    wait: Callable[[Any], None]
+
+    @property
+    def name(self) -> str:
+        return f"{self.library} {self.implementation}".strip()
+
+
+def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]:
+    """Every peer that can run here, flax.linen first, and the names of those that are not installed.
+
+    Args:
+        backend: `jax.default_backend()`.
+        compiled: whether to include torch.compile, which takes some seconds for each problem.
+    """
+    peers = [_jax_peer("flax.linen", "", layers.flax_linen), _jax_peer("flax.nnx", "", layers.flax_nnx)]
+    for name in _implementations(backend):
+        layer = functools.partial(layers.jbn_linen, implementation=name)
+        peers.append(_jax_peer("jbn", name or "default", layer))
+    missing = []
+    for library, layer in (("haiku", layers.haiku), ("equinox", layers.equinox)):
+        if importlib.util.find_spec(library):
+            peers.append(_jax_peer(library, "", layer))
+        else:
+            missing.append(library)
+    if importlib.util.find_spec("torch"):
+        from jbn.bench import peers_torch
+
+        peers += [Peer("torch", name, build, peers_torch.wait) for name, build in peers_torch.builders(backend, compiled)]
+    else:
+        missing.append("torch")
+    return peers, missing
+
+
+def copy(problem: Problem, input_sets: int) -> Callable[[int], Any]:
+    """A pass that reads x and writes as much: its time is 2T over the bandwidth that a program here reaches."""
+    inputs = arrays(problem, input_sets)
+    scale = jnp.asarray(1.5, problem.dtype)
+    run = jit_as("copy", lambda x, scale: x * scale)
+    return lambda i: run(inputs[i % input_sets][0], scale)
+
+
+def arrays(problem: Problem, input_sets: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """(x, residual, dy) of each input set; x is drawn from N(0.5, 2), the others from N(0, 1)."""
+
+    @jax.jit
+    def draw(key):
+        x, residual, dy = jax.random.normal(key, (3, *problem.case.shape), jnp.dtype(problem.dtype))
+        return x * 2 + jnp.asarray(0.5, x.dtype), residual, dy
+
+    return [draw(key) for key in jax.random.split(jax.random.key(0), input_sets)]
+
+
+def module(peer: Peer) -> str:
+    """What the compiled module of a JAX peer is called, after "jit_": a profile tells the peers apart by it."""
+    return "".join(c if c.isalnum() else "_" for c in peer.name)
+
+
+def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
+    """f(params, stats, x, residual, dy) of a problem, not jitted."""
+    add = (lambda residual: residual) if problem.adds else (lambda residual: None)
+
+    def forward(params, stats, x, residual, dy):
+        del dy
+        return layer.train(params, stats, x, add(residual))
+
+    def evaluate(params, stats, x, residual, dy):
+        del dy
+        return layer.evaluate(params, stats, x, add(residual))
+
+    def forward_backward(params, stats, x, residual, dy):
+        train = lambda params, x, residual: layer.train(params, stats, x, residual)
+        y, vjp, new_stats = jax.vjp(train, params, x, add(residual), has_aux=True)
+        # As in a network: y is used elsewhere, and the backward pass begins when dy arrives.
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, new_stats, vjp(dy)
+
+    return {"forward": forward, "eval": evaluate, "forward_backward": forward_backward}[problem.mode]
+
+
+def build_jbn(problem: Problem, implementation: str | None) -> Callable[[int], Any]:
+    """jbn's run(i) on one input set."""
+    run = _jax_peer(
+        "jbn", implementation or "default", functools.partial(layers.jbn_linen, implementation=implementation)
+    ).build(problem, 1)
+    assert run is not None
+    return run
+
+
+def _jax_peer(library, implementation, make_layer):
+    def build(problem, input_sets):
+        layer = make_layer(problem)
+        run = jit_as(module(peer), jax_function(problem, layer))
+        inputs = arrays(problem, input_sets)
+        return lambda i: run(layer.params, layer.stats, *inputs[i % input_sets])
+
+    peer = Peer(library, implementation, build, jax.block_until_ready)
+    return peer
+
+
+def jit_as(name: str, fn: Callable) -> Callable:
+    """jax.jit under a name, which the compiled module bears."""
+    fn.__name__ = fn.__qualname__ = name
+    return jax.jit(fn)
+
+
+def _implementations(backend) -> Iterator[str | None]:
+    """What can run here; "xla" is the default itself where there is no kernel."""
+    platform = "cuda" if backend == "gpu" else backend
+    kernels = [name for name, platforms in PLATFORMS.items() if platform in platforms]
+    yield from (None, "xla", *kernels) if kernels else (None,)

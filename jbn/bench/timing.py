@@ -1,0 +1,133 @@
+"""How long things take: rounds in which everybody runs in turn, medians over the rounds."""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.profiler import ProfileData
+
+
+class Contestant(NamedTuple):
+    """run(i) starts call i; wait(result) returns when it has ended.
+
+    clock: "host", or "profile" (device time of the module jit_<module>, by JAX's profiler), or "own" (run_many measures).
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    wait: Callable[[Any], None]
+    clock: str = "host"
+    module: str = ""
+    run_many: Callable[[int], float] | None = None  # seconds of each of so many calls
+
+
+class Samples(NamedTuple):
+    """Seconds of one call, one value a round."""
+
+    seconds: tuple[float, ...]
+    clock: str
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        if len(self.seconds) == 1:
+            only = self.seconds[0]
+            return only, only, only
+        q1, median, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return q1, median, q3
+
+
+def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float) -> dict[str, Samples]:
+    """Samples of each contestant by name.
+
+    In each round everybody runs once, and the order rotates: what slows the machine for a while slows them all alike.
+
+    Args:
+        rounds: how many.
+        seconds: the least time of a measurement; short calls are repeated until they fill it.
+    """
+    calls = {c.name: _calibrate(c, seconds) for c in contestants}
+    traced = any(c.clock == "profile" for c in contestants)
+    with tempfile.TemporaryDirectory() as folder:
+        if traced:
+            jax.profiler.start_trace(folder)
+        taken: dict[str, list[float]] = {c.name: [] for c in contestants}
+        for index in range(rounds):
+            shift = index % len(contestants)
+            for contestant in (*contestants[shift:], *contestants[:shift]):
+                taken[contestant.name].append(_one(contestant, calls[contestant.name]))
+        if traced:
+            jax.profiler.stop_trace()
+        on_device = _profiled(folder) if traced else {}
+    samples = {}
+    for c in contestants:
+        runs = on_device.get(f"jit_{c.module}", []) if c.clock == "profile" else []
+        per_round = _per_round(runs, rounds, calls[c.name] + 1)
+        clock = "device" if per_round or c.clock == "own" else "host"
+        samples[c.name] = Samples(tuple(per_round or taken[c.name]), clock)
+    return samples
+
+
+def ratio(samples: Samples, reference: Samples) -> float:
+    """The median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(samples.seconds, reference.seconds, strict=True))
+
+
+def module_seconds(profile: Any, *, plane: str = "/device:") -> dict[str, list[float]]:
+    """Device seconds of every event of every compiled module, in order of time, from a `jax.profiler.ProfileData`.
+
+    A TPU notes whole modules; a GPU notes kernels, on the lines of its streams.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for device in (p for p in profile.planes if p.name.startswith(plane)):
+        lines = list(device.lines)
+        whole = [line for line in lines if line.name == "XLA Modules"]
+        # The other lines of a GPU are derived from its streams and repeat them.
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        for line in whole or streams or lines:
+            for event in line.events:
+                module = event.name.partition("(")[0] if whole else dict(event.stats).get("hlo_module")
+                if module is not None:
+                    found.setdefault(str(module), []).append((event.start_ns, event.duration_ns / 1e9))
+    return {module: [seconds for _, seconds in sorted(events)] for module, events in found.items()}
+
+
+def _calibrate(contestant, seconds):
+    """Warm up, and find how many calls fill the time."""
+    for i in range(2):
+        contestant.wait(contestant.run(i))
+    start = time.perf_counter()
+    contestant.wait(contestant.run(0))
+    return max(1, min(1000, math.ceil(seconds / (time.perf_counter() - start))))
+
+
+def _one(contestant, calls):
+    # The first is not timed: whoever ran before has left its data in the caches, and its threads spinning.
+    contestant.wait(contestant.run(0))
+    if contestant.run_many is not None:
+        return contestant.run_many(calls)
+    start = time.perf_counter()
+    result = None
+    for i in range(calls):
+        result = contestant.run(i)
+    contestant.wait(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _profiled(folder):
+    (path,) = Path(folder).rglob("*.xplane.pb")
+    return module_seconds(ProfileData.from_file(str(path)))
+
+
+def _per_round(events, rounds, calls):
+    """The mean time of a call in each round without its first call, from the events of rounds * calls runs; else empty."""
+    runs = rounds * calls
+    if not events or len(events) % runs:
+        return []
+    width = len(events) // runs
+    each = [sum(events[i * width : (i + 1) * width]) for i in range(runs)]
+    return [statistics.fmean(each[r * calls + 1 : (r + 1) * calls]) for r in range(rounds)]
