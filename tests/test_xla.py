@@ -1,0 +1,110 @@
+"""kernels/xla.py: the specification of the four functions, its accuracy, and the temporaries of the compiled passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jbn.kernels import xla
+from jbn.kernels.seam import Affine, Pull
+
+import jbn
+
+SHAPE, AXIS = (6, 3, 4, 5), (1, 3)
+
+
+def draw(*shape, seed=0, mean=0.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(mean, 1, shape), jnp.float32)
+
+
+def affine_of(x, axis, eps, weights=None):
+    """The map of a batch norm with a scale and a bias, from statistics in float64."""
+    m = oracle.moments(x, axis, weights)
+    rstd = 1 / np.sqrt(oracle.variance(m) + eps)
+    scale, bias = draw(*m.mean.shape, seed=1), draw(*m.mean.shape, seed=2)
+    shift = jnp.asarray(m.mean, jnp.float32)
+    offset = jnp.asarray(m.mean - np.asarray(shift, np.float64), jnp.float32)
+    return Affine(shift, offset, jnp.asarray(scale * rstd, jnp.float32), bias), scale, bias
+
+
+@pytest.mark.parametrize("weights", [None, "mask", "float"])
+@pytest.mark.parametrize("mean", [0.0, 9.0, 11.0, 1e4], ids=["0", "9 std: one pass", "11 std: recomputed", "1e4 std"])
+def test_fwd_stats(mean, weights):
+    x = draw(*SHAPE, mean=mean)
+    weights = None if weights is None else draw(6, 1, 1, 1, seed=3) > 0 if weights == "mask" else jnp.abs(draw(*SHAPE, seed=3))
+    count, shift, offset, m2 = jax.jit(xla.fwd_stats, static_argnames="axis")(x, jnp.zeros((3, 5)), weights, axis=AXIS)
+    expected = oracle.moments(x, AXIS, weights)
+    np.testing.assert_allclose(count, expected.count, rtol=1e-6)
+    # Of float32's 6e-8, the one-pass form loses (mean / std)^2 = 100 at most.
+    np.testing.assert_allclose(m2, expected.m2, rtol=3e-5)
+    np.testing.assert_allclose(np.float64(shift) + np.float64(offset), expected.mean, rtol=2e-7, atol=1e-5 if mean else 2e-7)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_fwd_apply(mean):
+    x, residual = draw(*SHAPE, mean=mean), draw(*SHAPE, seed=4)
+    affine, scale, bias = affine_of(x, AXIS, 1e-3)
+    y = xla.fwd_apply(x, affine, residual, axis=AXIS, activation=jax.nn.silu, dtype=jnp.float32)
+    expected, _ = oracle.forward(x, scale, bias, axis=AXIS, eps=1e-3, residual=residual, activation="silu")
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=5e-6)
+    y = xla.fwd_apply(x, affine, residual, axis=AXIS, activation=None, dtype=jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("weights", [None, "mask"])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_bwd_stats_and_bwd_apply(activation, mean, weights):
+    x, dy = draw(*SHAPE, mean=mean), draw(*SHAPE, seed=5)
+    weights = None if weights is None else draw(6, 1, 1, 1, seed=3) > 0
+    affine, scale, bias = affine_of(x, AXIS, 1e-3, weights)
+    function = None if activation is None else getattr(jax.nn, activation)
+    common = {"saved": None, "weights": weights, "axis": AXIS, "activation": function}
+    sum_dz, sum_dz_xc = xla.bwd_stats(x, dy, affine, **common)
+    m = oracle.moments(x, AXIS, weights)
+    rstd = 1 / np.sqrt(oracle.variance(m) + 1e-3)
+    expected = oracle.backward(x, dy, scale, bias, axis=AXIS, eps=1e-3, weights=weights, activation=activation)
+    np.testing.assert_allclose(sum_dz, expected.bias, atol=1e-5)
+    np.testing.assert_allclose(sum_dz_xc * rstd, expected.scale, atol=2e-5)
+    pull = Pull(*(jnp.asarray(v, jnp.float32) for v in pull_of(sum_dz, sum_dz_xc, scale, rstd, m.count)))
+    dx, dresidual = xla.bwd_apply(x, dy, affine, pull=pull, residual_dtype=jnp.dtype("float32"), **common)
+    np.testing.assert_allclose(dx, expected.x, atol=1e-5)
+    np.testing.assert_allclose(dresidual, expected.residual, atol=1e-5)
+    alone, none = xla.bwd_apply(x, dy, affine, pull=None, residual_dtype=None, **common)
+    assert none is None
+    wide = lambda v: np.expand_dims(v, (0, 2))
+    np.testing.assert_allclose(alone, wide(scale * rstd) * expected.residual, atol=1e-5)
+
+
+def pull_of(sum_dz, sum_dz_xc, scale, rstd, count):
+    """Slope and intercept: twice the cotangent of var, and that of mean, over the count."""
+    gain = scale * rstd
+    return -gain * rstd**2 * sum_dz_xc / count, -gain * sum_dz / count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("activation", "add"), [(None, False), ("relu", False), ("relu", True)])
+def test_no_full_size_temporaries(dtype, activation, add):
+    """Forward and backward write nothing of the size of x but their results: y, dx and dresidual.
+
+    What XLA:CPU materializes instead when a reduction shares its input is 1 to 4 times x.
+    """
+    x = jax.ShapeDtypeStruct((16, 28, 28, 64), dtype)
+    params, state = jbn.init(64)
+    function = None if activation is None else getattr(jax.nn, activation)
+
+    def forward(x, residual, params):
+        return jbn.batch_norm_train(x, params, state, residual=residual if add else None, activation=function)
+
+    def both(x, residual, params, dy):
+        y, vjp, new = jax.vjp(forward, x, residual, params, has_aux=True)
+        return y, vjp(dy), new
+
+    for name, compiled in {
+        "forward": jax.jit(forward).lower(x, x, params).compile(),
+        "forward and backward": jax.jit(both).lower(x, x, params, x).compile(),
+    }.items():
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        temporaries = memory.temp_size_in_bytes / (x.size * x.dtype.itemsize)
+        assert temporaries < 0.05, f"{name}: temporaries of {temporaries:.2f} times x"
