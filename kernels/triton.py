@@ -55,26 +55,26 @@ def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, tiles: Tiles):
 
 
 def _bwd_stats_kernel(*refs, tiles: Tiles, activation):
-    """Of one chunk: the sums of dz and of dz * (x - mean)."""
-    *arrays, vectors_ref, sum_dz_ref, sum_dz_xc_ref = refs
+    """Of one chunk: the sums of dz and of dz * (x - shift)."""
+    *arrays, vectors_ref, sum_dz_ref, sum_dz_x_ref = refs
     here = _Place.of_program(tiles)
-    affine = Affine(*here.load_vectors(vectors_ref))
+    affine = here.load_affine(vectors_ref)
 
     def add(t, x, dy, *saved_and_sums):
         *saved, sums = saved_and_sums
-        x, dz = _float32(x), _dz(x, dy, affine, saved, activation)
-        # Rows beyond the end are read as zeros; a derivative at that point may be anything but 0 * dy is 0.
-        return sums[0] + dz, sums[1] + dz * ((x - affine.shift) - affine.offset)
+        # Beyond the end x is read as zero, where the derivative of an activation may overflow.
+        dz = here.keep_rows(t, _dz(x, dy, affine, saved, activation))
+        return sums[0] + dz, sums[1] + dz * (_float32(x) - affine.shift)
 
-    total, total_xc = here.accumulate(add, *arrays)
+    total, total_x = here.accumulate(add, *arrays)
     here.store_partial(sum_dz_ref, total)
-    here.store_partial(sum_dz_xc_ref, total_xc)
+    here.store_partial(sum_dz_x_ref, total_x)
 
 
 def _fwd_apply_kernel(*refs, tiles: Tiles, activation):
     *arrays, vectors_ref, y_ref = refs
     here = _Place.of_program(tiles)
-    affine = Affine(*here.load_vectors(vectors_ref))
+    affine = here.load_affine(vectors_ref)
     loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
     for t, (x, *residual) in enumerate(loaded):
         z = pre_activation(_float32(x), affine, *map(_float32, residual))
@@ -84,8 +84,8 @@ def _fwd_apply_kernel(*refs, tiles: Tiles, activation):
 def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
     arrays, vectors_ref, (dx_ref, *dz_refs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     here = _Place.of_program(tiles)
-    *affine, slope, intercept = here.load_vectors(vectors_ref)
-    affine = Affine(*affine)
+    affine = here.load_affine(vectors_ref)
+    slope, intercept = here.load_vectors(vectors_ref, 3, 5)
     loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
     for t, (x, dy, *saved) in enumerate(loaded):
         dz = _dz(x, dy, affine, saved, activation)
@@ -124,11 +124,15 @@ class _Place(NamedTuple):
     def store(self, ref, t, value):
         plt.store(ref.at[self._rows(t), self._cols()], value.astype(ref.dtype), mask=self._mask(t))
 
-    def load_vectors(self, ref):
-        """Each row of [vectors, width] as [1, block_cols]."""
+    def load_vectors(self, ref, first, last):
+        """Rows of [vectors, width], each as [1, block_cols]."""
         mask = self._cols_mask()
         mask, other = (None, None) if mask is None else (mask[None], 0.0)
-        return [plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other) for i in range(ref.shape[0])]
+        return [plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other) for i in range(first, last)]
+
+    def load_affine(self, ref):
+        shift, gain, bias = self.load_vectors(ref, 0, 3)
+        return Affine(shift, None, gain, bias)
 
     def store_partial(self, ref, vector):
         plt.store(ref.at[self.chunk, self._cols()], vector, mask=self._cols_mask())
@@ -203,7 +207,7 @@ def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activat
     arrays = [pallas.fold(a, factor) for a in (x, residual) if a is not None]
     tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
     launch = _Launch(_fwd_apply_kernel, tiles, (arrays[0].shape,), (jnp.dtype(dtype),), (("activation", activation),))
-    (y,) = _run(launch, [*arrays, _stack(affine, factor)], interpret)
+    (y,) = _run(launch, [*arrays, _stack(affine, (), factor)], interpret)
     return y.reshape(x.shape)
 
 
@@ -214,10 +218,10 @@ def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, acti
     factor = _fold_factor(x)
     arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
     tiles = blocks.reduced(*arrays[0].shape, x.dtype.itemsize)
-    operands = [*arrays, _stack(affine, factor)]
+    operands = [*arrays, _stack(affine, (), factor)]
     partials = _partials(_bwd_stats_kernel, tiles, 2, operands, interpret, activation=activation)
-    sum_dz, sum_dz_xc = (p.sum(0) for p in pallas.unfold(partials, factor))
-    return sum_dz, sum_dz_xc
+    sum_dz, sum_dz_x = (p.sum(0) for p in pallas.unfold(partials, factor))
+    return sum_dz, sum_dz_x - affine.offset * sum_dz
 
 
 def bwd_apply(
@@ -240,7 +244,7 @@ def bwd_apply(
     arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
     tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
     slope, intercept = (jnp.zeros_like(affine.gain),) * 2 if pull is None else pull
-    vectors = _stack((*affine, slope, intercept - slope * affine.offset), factor)
+    vectors = _stack(affine, (slope, intercept - slope * affine.offset), factor)
     # Without an activation dz is dy: nothing to compute.
     separate = residual_dtype is not None and activation is not None
     dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
@@ -257,9 +261,10 @@ def _fold_factor(x):
     return pallas.fold_factor(x.size // channels, channels, blocks.lanes(x.dtype.itemsize))
 
 
-def _stack(vectors, factor):
+def _stack(affine, others, factor):
     """Per-channel vectors as one operand [vectors, width]: one small fusion of XLA's, however many there are."""
-    return jnp.tile(jnp.stack(tuple(vectors)), (1, factor))
+    shift, _, gain, bias = affine.folded()
+    return jnp.tile(jnp.stack((shift, gain, bias, *others)), (1, factor))
 
 
 def _partials(kernel, tiles, number, operands, interpret, **options):
