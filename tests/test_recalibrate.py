@@ -1,0 +1,160 @@
+"""Recalibrated statistics against float64 ones pooled over all batches, in chains of norms and with masks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+import jbn
+import jbn.linen
+import jbn.nnx
+from jbn.recalibrate import pooled_moments, recalibrate, recalibrate_linen, recalibrate_nnx
+
+pytestmark = pytest.mark.third_party
+
+
+def batches(number=50, features=4, seed=0):
+    """Batches of unequal size, whose means wander by more than the standard deviation."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(3, 40, number)
+    draw = lambda size: rng.normal(rng.normal(0, 3), 1, (size, 2, features)) * np.linspace(0.5, 3, features) + 10
+    return [draw(size).astype(np.float32) for size in sizes]
+
+
+def pooled(xs, weights=None):
+    """float64 mean and biased variance of everything."""
+    m = oracle.moments(np.concatenate(xs), weights=None if weights is None else np.concatenate(weights))
+    return m.mean, oracle.variance(m)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5)
+
+
+def relu_normalized(x, mean, var, eps=1e-5):
+    return oracle.normalize(x, mean, var, eps=eps, activation="relu")
+
+
+def test_fifty_batches_pool_to_float64():
+    xs = batches()
+    m = pooled_moments(xs)
+    close((m.mean, m.m2 / m.count), pooled(xs))
+    weights = [np.random.default_rng(i).random((len(x), 2, 1)) < 0.7 for i, x in enumerate(xs)]
+    m = pooled_moments(zip(xs, weights, strict=True))
+    close((m.mean, m.m2 / m.count), pooled(xs, weights))
+
+
+def test_a_chain_of_functional_norms_is_exact():
+    params, state = jbn.init(4)
+    xs = batches()
+
+    def collect(states, x):
+        y = jbn.batch_norm_eval(x, params, states["first"], activation=jax.nn.relu)
+        return {"first": jbn.moments(x), "second": jbn.moments(y)}
+
+    stale = state._replace(mean=state.mean + 7)
+    new = recalibrate(collect, {"first": stale, "second": stale}, xs)
+    first = pooled(xs)
+    close(new["first"], first)
+    close(new["second"], pooled([relu_normalized(x, *first) for x in xs]))
+    assert new["first"].count == 50
+    unbiased = recalibrate(collect, {"first": stale, "second": stale}, xs, unbiased=True)["first"]
+    n = sum(x.size for x in xs) / 4
+    np.testing.assert_allclose(unbiased.var, first[1] * n / (n - 1), rtol=1e-5)
+
+
+class LinenModel(nn.Module):
+    """Two norms in a chain, a third that is called twice, a mask."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        x = nn.relu(self.norm(use_running_average=not train, name="first")(x, mask=mask))
+        y = nn.relu(self.norm(use_running_average=not train, name="second")(x, mask=mask))
+        shared = self.norm(use_running_average=not train, name="shared")
+        return shared(x, mask=mask) + shared(y, mask=mask)
+
+
+@pytest.mark.parametrize("norm", [jbn.linen.BatchNorm, nn.BatchNorm])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_linen_model_is_exact_in_as_many_passes_as_its_chain(norm, masked):
+    model = LinenModel(norm)
+    xs = batches(12)
+    masks = [
+        np.random.default_rng(i).random((len(x), 2, 1)) < 0.7 if masked else np.ones((len(x), 2, 1), bool)
+        for i, x in enumerate(xs)
+    ]
+    variables = {"params": model.init(jax.random.key(0), xs[0])["params"], "batch_stats": _stale()}
+    seen = []
+
+    class Loader:
+        def __iter__(self):
+            seen.append(0)
+            return iter(list(zip(xs, masks, strict=True)))
+
+    new = recalibrate_linen(lambda v, batch: model.apply(v, batch[0], mask=batch[1]), variables, Loader())["batch_stats"]
+    stats = pooled(xs, masks)
+    close((new["first"]["mean"], new["first"]["var"]), stats)
+    second_in = [relu_normalized(x, *stats) for x in xs]
+    stats = pooled(second_in, masks)
+    close((new["second"]["mean"], new["second"]["var"]), stats)
+    third_in = [relu_normalized(x, *stats) for x in second_in]
+    close((new["shared"]["mean"], new["shared"]["var"]), pooled(second_in + third_in, masks + masks))
+    assert len(seen) - 1 == 3  # the loader is asked once more, whether it can be iterated again
+
+
+def _stale():
+    return {name: {"mean": jnp.full(4, 5.0), "var": jnp.full(4, 9.0)} for name in ("first", "second", "shared")}
+
+
+def test_one_pass_in_train_mode_reads_what_batches_normalize():
+    model, xs = LinenModel(jbn.linen.BatchNorm), batches(12)
+    variables = {"params": model.init(jax.random.key(0), xs[0])["params"], "batch_stats": _stale()}
+    apply = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])
+    new = recalibrate_linen(apply, variables, iter(xs), passes=1)["batch_stats"]
+    close((new["first"]["mean"], new["first"]["var"]), pooled(xs))
+    second_in = [oracle.forward(x, activation="relu")[0] for x in xs]
+    close((new["second"]["mean"], new["second"]["var"]), pooled(second_in))
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.BatchNorm(4, rngs=rngs)
+        self.rest = nnx.List([jbn.nnx.BatchNorm(4, activation=jax.nn.relu, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.rest[0](nnx.relu(self.first(x)))
+
+
+def test_an_nnx_model_is_exact_and_changed_in_place():
+    model, xs = NnxModel(nnx.Rngs(0)), batches(12)
+    model.eval()
+    recalibrate_nnx(model, xs)
+    stats = pooled(xs)
+    close((model.first.mean[...], model.first.var[...]), stats)
+    close((model.rest[0].mean[...], model.rest[0].var[...]), pooled([relu_normalized(x, *stats) for x in xs]))
+    assert isinstance(model.rest[0], jbn.nnx.BatchNorm)
+    y = model(xs[0])
+    np.testing.assert_array_equal(y, model(xs[0]))
+
+
+def test_what_cannot_be_iterated_again_is_an_error():
+    collect = lambda states, x: {"a": jbn.moments(x), "b": jbn.moments(x)}
+    states = dict.fromkeys("ab", jbn.init(4)[1])
+    with pytest.raises(ValueError, match="batches is an iterator"):
+        recalibrate(collect, states, iter(batches(2)))
+    with pytest.raises(ValueError, match="batches is empty"):
+        recalibrate(collect, states, [])
+    with pytest.raises(ValueError, match="batches is empty"):
+        pooled_moments([])
+
+
+def test_a_progress_bar_shows_each_pass(capsys):
+    pytest.importorskip("tqdm", reason="needs tqdm: pip install 'jbn[examples]'")
+    recalibrate(lambda states, x: {"a": jbn.moments(x)}, {"a": jbn.init(4)[1]}, batches(2), progress=True)
+    assert "recalibrate, pass 1" in capsys.readouterr().err
