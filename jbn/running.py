@@ -17,8 +17,8 @@ class Decay(NamedTuple):
     new: float | Array
 
 
-def decay(momentum: float | Array | None) -> Decay | None:
-    return None if momentum is None else Decay(momentum, 1 - momentum)
+def decay(momentum: float | Array | Decay | None) -> Decay | None:
+    return momentum if momentum is None or isinstance(momentum, Decay) else Decay(momentum, 1 - momentum)
 
 
 def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:
