@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers
 
-from jbn import autodiff, partition, running, stats, validate
+from jbn import autodiff, ghost, partition, running, stats, validate
 from jbn.kernels.seam import FUSED, accumulator
 from jbn.types import Moments, Params, State
 
@@ -300,7 +300,11 @@ def _train(x, params, state, decay, eps, weights, residual, *, config):
     spec, operands = _operands(x, params, eps, residual, config)
     weights = None if weights is None else jax.lax.stop_gradient(weights)
     guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
-    y, batch = autodiff.batch_norm(spec, *stats.vary_alike((operands, weights, guess)))
+    operands, weights, guess = stats.vary_alike((operands, weights, guess))
+    if config.virtual_batch_size is None:
+        y, batch = autodiff.batch_norm(spec, operands, weights, guess)
+    else:
+        y, batch = ghost.batch_norm(spec, operands, weights, guess, config.virtual_batch_size)
     m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
     return y, running.fold(state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
 

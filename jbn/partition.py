@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbn import dispatch, stats
 from jbn.kernels.seam import Affine, Pull, Stats, wide
@@ -28,7 +29,7 @@ FULL_SIZE = ("dy", "residual", "saved", "weights")  # arrays like x; all others 
 
 def fwd_stats(implementation, x: Array, shift: Array, weights: Array | None, *, axis) -> Stats:
     local = Stats(*_run("fwd_stats", implementation, x, {"shift": shift, "weights": weights}, {"axis": axis}))
-    if weights is not None:
+    if weights is not None or AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types:
         return local
     # A constant, so that what depends on it alone (was anything counted?) takes no communication between channels.
     count = jnp.full(local.count.shape, x.size // math.prod(x.shape[a] for a in axis), local.count.dtype)
@@ -125,11 +126,41 @@ def _explicit(call, mesh, *leaves):
 
 def _partition(call, mesh, operands, results):
     """The program of one shard; everything is placed as x is."""
-    del results
-    spec = _padded(operands[0].sharding.spec, len(operands[0].shape))
+    del mesh, results
+    mesh, spec = _by_primes(operands[0].sharding, len(operands[0].shape))
     placed = lambda specs: [NamedSharding(mesh, spec) for spec in specs]
     in_specs, out_specs = _specs(call, spec, operands)
     return mesh, functools.partial(_on_shard, call, spec, operands[0].shape), placed(out_specs), tuple(placed(in_specs))
+
+
+def _by_primes(sharding, ndim):
+    """The devices as a mesh whose axes have prime sizes, and the spec of the sharding on it.
+
+    The user's axes would not do: where a split axis is reshaped, XLA splits the parts over a fraction of a mesh axis.
+    """
+    devices = np.array(sharding._device_assignment)
+    sizes = _prime_factors(devices.size)
+    names = tuple(f"axis{i}" for i in range(len(sizes)))
+    mesh = Mesh(devices.reshape(sizes), names)
+    tiling = sharding._to_xla_hlo_sharding(ndim)
+    if not tiling.is_tiled():
+        return mesh, (None,) * ndim
+    tiles = np.array(tiling.tile_assignment_devices()).reshape(tiling.tile_assignment_dimensions())
+    tile_of = {device: tile for tile, device in np.ndenumerate(tiles)}
+    spec = []
+    for dim in range(ndim):
+        # How many tiles a step along each mesh axis moves; the axis of the largest steps is the major one.
+        steps = {name: tile_of[math.prod(sizes[i + 1 :])][dim] - tile_of[0][dim] for i, name in enumerate(names)}
+        moving = sorted((name for name in names if steps[name] > 0), key=lambda name: -steps[name])
+        spec.append(tuple(moving) or None)
+    return mesh, tuple(spec)
+
+
+def _prime_factors(n):
+    for factor in range(2, math.isqrt(n) + 1):
+        if n % factor == 0:
+            return (factor, *_prime_factors(n // factor))
+    return (n,) if n > 1 else ()
 
 
 def _sharding_rule(call, mesh, operands, results):
@@ -151,7 +182,7 @@ def _sharding_rule(call, mesh, operands, results):
 
 
 _partitioned = custom_partitioning(lambda call, *leaves: call(*leaves), static_argnums=(0,))
-_partitioned.def_partition(_partition, sharding_rule=_sharding_rule)
+_partitioned.def_partition(_partition, sharding_rule=_sharding_rule, decode_shardings=False)
 
 
 def _num_results(call):

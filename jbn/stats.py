@@ -27,17 +27,28 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
-    """Statistics of the union over a mapped axis, in two all-reduces of per-channel vectors.
+    """Statistics of the union over a mapped axis, in two all-reduces of per-channel vectors."""
+    if axis_name is None:
+        return s
+    return _union(s, lambda vectors: psum(vectors, axis_name, axis_index_groups))
+
+
+def pool(s: Stats) -> Stats:
+    """Statistics of the union over the leading axis."""
+    union = _union(s, lambda vectors: vectors.sum(1, keepdims=True))
+    return Stats(*(vector.squeeze(0) for vector in union))
+
+
+def _union(s, total):
+    """total: the sum over the parts of a stack of per-channel vectors.
 
     The first finds the mean to float32 precision; the second, relative to it, the rest of the mean and m2.
     """
-    if axis_name is None:
-        return s
-    count, total = psum(jnp.stack([s.count, s.count * (s.shift + s.offset)]), axis_name, axis_index_groups)
+    count, sums = total(jnp.stack([s.count, s.count * (s.shift + s.offset)]))
     divisor = jnp.where(count > 0, count, 1)
-    shift = settled(total / divisor)
+    shift = settled(sums / divisor)
     delta = (s.shift - shift) + s.offset
-    m2, rest = psum(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]), axis_name, axis_index_groups)
+    m2, rest = total(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]))
     offset = rest / divisor
     return Stats(count, shift, offset, jnp.maximum(m2 - rest * offset, 0))
 

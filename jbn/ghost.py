@@ -1,0 +1,61 @@
+"""Virtual ("ghost") batches: consecutive examples along axis 0 are normalized by moments of their own.
+
+The batch axis becomes (groups, examples) and the groups one more feature axis: a layer with groups x features channels, whose
+scale and bias repeat.  A group that lies on one device takes no communication; the running state folds in the moments of all.
+
+Reference: Hoffer, Hubara & Soudry 2017, section 4.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jbn import autodiff, stats
+from jbn.autodiff import BatchStats, Operands, Spec
+
+
+def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Array, size: int) -> tuple[Array, BatchStats]:
+    """As `autodiff.batch_norm`, by the moments of each `size` examples; the statistics returned are those of all."""
+    x, scale, bias, residual, eps = operands
+    groups = x.shape[0] // size
+    x, residual, weights = (_grouped(array, groups) for array in (x, residual, weights))
+    axis = (0, *(a + 1 for a in spec.axis))
+    repeat = lambda vector: jnp.broadcast_to(vector, (groups, *vector.shape))
+    scale, bias, guess = stats.split_alike((repeat(scale), repeat(bias), repeat(guess)), x, axis)
+    local = spec._replace(axis=axis, axis_name=None, axis_index_groups=None)
+    y, each = autodiff.batch_norm(local, Operands(x, scale, bias, residual, eps), weights, guess)
+    count, shift, offset, var = each
+    pooled = stats.pool(stats.Stats(count, shift, offset, var * count))
+    count, shift, offset, m2 = stats.psum_stats(pooled, spec.axis_name, spec.axis_index_groups)
+    return _ungrouped(y), BatchStats(count, shift, offset, m2 / jnp.where(count > 0, count, 1))
+
+
+def _grouped(array, groups):
+    """[examples, ...] to [groups, size, ...]; an axis of size 1 is broadcast and stays so."""
+    if array is None:
+        return None
+    examples, *rest = array.shape
+    shape = (1, 1, *rest) if examples == 1 else (groups, examples // groups, *rest)
+    return _reshape(array, shape, lambda first, *others: (first, None, *others))
+
+
+def _ungrouped(array):
+    return _reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]), lambda first, _, *others: (first, *others))
+
+
+def _reshape(array, shape, split):
+    """On an explicit mesh the shards of the batch axis become those of the group axis."""
+    mesh, spec = jax.typeof(array).sharding.mesh, jax.typeof(array).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return array.reshape(shape)
+    spec = split(*spec, *(None,) * (array.ndim - len(spec)))
+    shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(spec[0]))
+    if shape[0] % shards:
+        raise NotImplementedError(
+            f"virtual_batch_size {shape[1]} over {shards} shards of x on an explicit mesh: a group would span devices, "
+            f"expected the number of groups, {shape[0]}, to be a multiple of {shards}: use axis_types of AxisType.Auto"
+        )
+    return lax.reshape(array, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
