@@ -87,9 +87,9 @@ def _tile(rows, width, itemsize):
 
 
 def _near(target, total):
-    """A number of tiles per chunk, at most target: one that divides the total, if there is any above half of it."""
+    """A number of tiles per chunk, at most target: one that divides the total, if there is any from half of it up."""
     step = min(UNROLL, 1 << (target.bit_length() - 1))
-    candidates = range(target // step * step, target // 2, -step)
+    candidates = range(target // step * step, (target - 1) // 2, -step)
     return next((n for n in candidates if total % n == 0), target // step * step)
 
 
