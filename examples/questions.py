@@ -70,7 +70,7 @@ def per_channel(steps):
     {count:.0f} values (16 * 32 * 32). Afterwards every channel of the batch has mean 0 and variance 1, but images keep
     their differences: the mean of one channel of a single image still lies up to {spread:.1f} from 0.
     """
-    brightness = jax.random.uniform(jax.random.key(0), (16, 1, 1, 3)) * jnp.array([[[[1.0, 2.0, 4.0]]]])
+    brightness = jnp.abs(random(2, 16, 1, 1, 3)) * jnp.array([[[[1.0, 2.0, 4.0]]]])
     images = brightness + random(1, 16, 32, 32, 3)
     params, state = jbn.init(3)
     y, state = jbn.batch_norm_train(images, params, state, momentum=0)  # momentum 0: the state is the batch's own
@@ -119,7 +119,7 @@ def weight_scale(steps):
     for _ in range(steps):
         dw = gradient(path[-1])
         claim("the gradient is orthogonal to W", abs((path[-1] * dw).sum()) < 1e-3 * norm(path[-1]) * norm(dw))
-        path.append(path[-1] - 0.03 * dw)
+        path.append(path[-1] - 0.1 * dw)
     lengths = np.array([norm(w) / norm(start) for w in path])
     claim("every step lengthens W", np.all(np.diff(lengths) > 0))
     figure, (left, right) = canvas("Scaling the weights before batch norm changes no output, and divides the gradient")
@@ -128,7 +128,7 @@ def weight_scale(steps):
     label(left, "Weights a times as large: gradient 1/a", "factor a on the weights W", "norm of the gradient")
     right.plot(lengths, color=THIRD, label="length of W")
     right.plot(lengths**-2.0, color=WITH, label="effective learning rate, lr / length²")
-    label(right, "Each step lengthens W and so slows the next", "steps of SGD at learning rate 0.03", "relative to the start")
+    label(right, "Each step lengthens W and so slows the next", "steps of SGD at learning rate 0.1", "relative to the start")
     return figure, {"change": change, "slope": slope, "longer": lengths[-1] - 1, "rate": lengths[-1] ** -2, "steps": steps}
 
 
@@ -177,8 +177,9 @@ def running_averages(steps):
     Evaluation freezes them: it gives that image {alone:.3f}, alone or among {among}.
     """
     x, (params, state) = PIXELS @ random(1, 64, 4) + 2, jbn.init(4)
-    batches = x[jax.random.randint(jax.random.key(2), (10 * steps, 32), 0, len(x))]
-    means = np.asarray(batches.mean(1)[:, 0], np.float64)
+    draw = np.random.default_rng(0).choice
+    batches = draw(x, (10 * steps, 32))
+    means = batches.astype(np.float64).mean(1)[:, 0]
     fold = jax.jit(lambda s, batch, momentum: jbn.batch_norm_train(batch, params, s, momentum=momentum)[1])
     figure, (left, right) = canvas("Training normalizes by the batch at hand; evaluation by averages remembered from training")
     left.plot(np.arange(1, 10 * steps + 1), means, ".", color="#c4c4c4", ms=4, label="mean of one batch of 32")
@@ -189,7 +190,7 @@ def running_averages(steps):
         left.plot([s.mean[0] for s in states], color=color, label=f"running mean, momentum {momentum}")
     label(left, "What is remembered: the mean of one feature", "training steps", "mean of the feature")
     train = jax.jit(jax.vmap(lambda rest: jbn.batch_norm_train(jnp.concatenate([x[:1], rest]), params, state)[0][0, 0]))
-    outputs = {n: train(jax.random.choice(jax.random.key(n), x, (40, n - 1))) for n in (2, 4, 16, 64, 256)}
+    outputs = {n: train(draw(x, (40, n - 1))) for n in (2, 4, 16, 64, 256)}
     claim("company matters less in larger batches", outputs[4].std() > 2 * outputs[64].std() > 2 * outputs[256].std())
     alone, among = (float(jbn.batch_norm_eval(rows, params, states[-1])[0, 0]) for rows in (x[:1], x))
     claim("in evaluation company does not matter at all", np.isclose(alone, among, rtol=1e-6))
@@ -335,7 +336,7 @@ def normalized(x):
 
 
 def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def norm(w):

@@ -1,0 +1,259 @@
+"""What a batch-norm layer is doing: numbers per channel, and warnings that name the layer, the channels and a remedy.
+
+    print(jbn.health.report(params, state, jbn.moments(x)))      one layer; x is its input
+    print(jbn.health.model_report(variables))                    a whole linen or nnx model, or the tree of a checkpoint
+    python -m jbn.health CHECKPOINT [--plot out.png]             an orbax folder or a flax msgpack file
+
+The variables alone tell: values that are not finite, statistics never updated, variances near eps, large means, scales near
+zero, outputs on one side of zero, replicas that disagree, and a channel that has been dead for long (a running variance takes
+1150 updates at momentum 0.99 to fall from 1 to 1e-5). Drift between training and running statistics, and a channel that died
+lately, take the moments of a batch; without them they are not guessed.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen
+
+from jbn import functional, layers, validate
+from jbn.findings import Finding, Limits, Numbers, findings
+from jbn.types import Moments, Params, State
+
+_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class LayerReport(Numbers):
+    """The numbers of one layer (the attributes of `Numbers`) and the warnings.
+
+    Attributes:
+        findings: what is over a limit; empty for a healthy layer.
+    """
+
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        return str(ModelReport((self,)))
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """The reports of all layers, in the order of the tree; str() is a table and the warnings."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return tuple(finding for layer in self.layers for finding in layer.findings)
+
+    def __str__(self) -> str:
+        rows = [("layer", "channels", "updates", "max drift", "min signal", "max |mean|/std", "not finite")]
+        rows += map(_row, self.layers)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [f"WARNING {finding}" for finding in self.findings]
+        return "\n".join([*lines, f"{len(self.findings)} warning{'' if len(self.findings) == 1 else 's'}"])
+
+
+def report(
+    params: Params,
+    state: State,
+    moments: Moments | None = None,
+    *,
+    eps: float = 1e-5,
+    momentum: float | None = None,
+    layer: str = "layer",
+    stacked: bool = False,
+    limits: Limits = _LIMITS,
+) -> LayerReport:
+    """Look at one layer.
+
+    Args:
+        params: scale and bias, or None for either.
+        state: the running statistics; a count of None is one that is not known.
+        moments: of a batch of the layer's input, as from `jbn.moments`: adds drift, and lets dead and one-sided channels be
+            judged by that batch. Sampling noise is allowed for as if its values were independent.
+        eps: of the layer.
+        momentum: of the layer, to judge what the initial values still weigh after state.count updates.
+        layer: the name to report it by.
+        stacked: the leading axis of every variable counts replicas, as pmap returns them; `moments` has no such axis. Without
+            it, replicas are compared where an array is replicated over several devices of this process.
+        limits: from where on to warn.
+
+    Returns:
+        A LayerReport.
+
+    Raises:
+        TypeError: not Params, State and Moments.  ValueError: shapes that differ, eps <= 0 or momentum outside [0, 1].
+    """
+    validate.epsilon(eps)
+    validate.update(momentum)
+    if not isinstance(params, Params) or not isinstance(state, State):
+        raise TypeError(f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and jbn.State")
+    replicas = {name: _replicas(v, stacked) for name, v in (params._asdict() | state._asdict()).items() if v is not None}
+    _check(replicas, moments)
+    with np.errstate(all="ignore"):
+        numbers = _numbers(replicas, moments, layer, float(eps), momentum)
+    return LayerReport(**vars(numbers), findings=findings(numbers, limits))
+
+
+def model_report(variables: Any, moments: Mapping[str, Moments] | None = None, **options: Any) -> ModelReport:
+    """Look at every batch norm of a model.
+
+    Args:
+        variables: linen variables, an nnx module or state, or any nesting of mappings and sequences that holds these or the
+            (params, state) of `jbn.init`, such as a restored checkpoint. A layer is wherever there are a mean and a var.
+        moments: of the inputs of those layers for which they are known, by the layer's name in the report.
+        options: the keyword arguments of `report`, for all layers.
+
+    Returns:
+        A ModelReport.
+
+    Raises:
+        ValueError: no batch norm in the tree, or moments of a layer that is not there.
+    """
+    found = layers.find(variables)
+    if not found:
+        raise ValueError("no batch norm in these variables, expected somewhere both a mean and a var: pass batch_stats too")
+    moments = moments or {}
+    if unknown := sorted(set(moments) - set(found)):
+        raise ValueError(f"moments of {unknown}, expected names among the layers found: {list(found)}")
+    return ModelReport(
+        tuple(
+            report(Params(v.scale, v.bias), State(v.mean, v.var, v.count), moments.get(name), layer=name, **options)
+            for name, v in found.items()
+        )
+    )
+
+
+def input_moments(model: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Moments]:
+    """The moments of what each batch norm of a linen model reads in one call: `model_report`'s second argument.
+
+    Args:
+        model: of jbn's or Flax's BatchNorm; not to be called under jit.
+        variables: of the model.
+        args, kwargs: of the call, such as (x, train=False). What evaluation reads is what the running statistics are for.
+
+    Returns:
+        A dict from the layer's name to its moments; of a layer called several times, of all its calls together.
+    """
+    found = {}
+
+    def record(call, call_args, call_kwargs, context):
+        layer = context.module
+        if isinstance(layer, linen.BatchNorm) and context.method_name == "__call__":
+            name = "/".join(layer.path)
+            m = functional.moments(call_args[0], axis=layer.axis, weights=call_kwargs.get("mask"))
+            found[name] = functional.merge_moments(found[name], m) if name in found else m
+        return call(*call_args, **call_kwargs)
+
+    with linen.intercept_methods(record):
+        model.apply(variables, *args, **kwargs)
+    return found
+
+
+def _replicas(value, stacked):
+    """float64 with a leading axis of replicas."""
+    if not stacked and isinstance(value, jax.Array) and value.is_fully_replicated:
+        return np.stack([np.asarray(shard.data, np.float64) for shard in value.addressable_shards])
+    return np.asarray(value, np.float64) if stacked else np.asarray(value, np.float64)[None]
+
+
+def _check(replicas, moments):
+    shape = replicas["mean"].shape[1:]
+    for name, value in replicas.items():
+        if name != "count" and value.shape[1:] != shape:
+            raise ValueError(f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the same layer")
+    if moments is not None:
+        validate.moments(moments)
+        if moments.mean.shape != shape:
+            raise ValueError(f"moments have shape {moments.mean.shape}, expected {shape}: those of the layer's input")
+
+
+def _numbers(replicas, moments, layer, eps, momentum) -> Numbers:
+    vectors = {name: value for name, value in replicas.items() if name != "count"}
+    first = {name: value[0] for name, value in replicas.items()}
+    mean, var, scale, bias = first["mean"], first["var"], first.get("scale"), first.get("bias")
+    updates = int(first["count"]) if "count" in first else None
+    std, input_mean, input_var = np.sqrt(var), mean, var
+    count = drift = spread = None
+    if moments is not None:
+        count, input_mean, m2 = (np.asarray(v, np.float64) for v in moments)
+        input_var = m2 / count
+        drift, spread = (input_mean - mean) / std, np.sqrt(input_var) / std
+    gain = (1.0 if scale is None else scale) / np.sqrt(var + eps)
+    output_mean = gain * (input_mean - mean) + (0.0 if bias is None else bias)
+    return Numbers(
+        layer=layer,
+        scale=scale,
+        bias=bias,
+        mean=mean,
+        var=var,
+        eps=eps,
+        updates=updates,
+        start_weight=None if updates is None or momentum is None else float(momentum) ** updates,
+        nonfinite={name: int((~np.isfinite(v)).sum()) for name, v in vectors.items()},
+        finite=np.all([np.isfinite(v).all(0) for v in vectors.values()], axis=0),
+        count=count,
+        drift=drift,
+        spread=spread,
+        input_var=input_var,
+        signal=np.sqrt(input_var / (input_var + eps)),
+        ratio=np.abs(mean) / std,
+        one_sided=output_mean / (np.abs(gain) * np.sqrt(input_var)),
+        disagreement=_disagreement(replicas),
+    )
+
+
+def _disagreement(replicas):
+    """By replica, the largest distance from the median one: in running standard deviations, or of the largest parameter."""
+    size = max(len(value) for value in replicas.values())
+    if size == 1:
+        return None
+    var = np.nanmedian(replicas["var"], 0)
+    units = {"mean": np.sqrt(var), "var": var}
+    worst = np.zeros(size)
+    for name, value in replicas.items():
+        if name != "count" and len(value) == size:
+            unit = units.get(name, np.nanmax(np.abs(value)) or 1.0)
+            distance = np.abs(value - np.nanmedian(value, 0))
+            distance = np.where(distance == 0, 0, distance / unit)
+            worst = np.maximum(worst, np.nan_to_num(distance, nan=np.inf).reshape(size, -1).max(1))
+    return worst
+
+
+def _row(m):
+    worst = lambda values, pick: "-" if values is None or np.isnan(values).all() else f"{pick(values):.3g}"
+    drift = None if m.drift is None else np.abs(m.drift)
+    numbers = worst(drift, np.nanmax), worst(m.signal, np.nanmin), worst(m.ratio, np.nanmax)
+    updates = "-" if m.updates is None else str(m.updates)
+    return (m.layer, str(m.signal.size), updates, *numbers, str(sum(m.nonfinite.values())))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report of a checkpoint; returns 1 if there are warnings, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m jbn.health", description="Report on the batch norms of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="an orbax folder, or a file of flax.serialization")
+    parser.add_argument("--plot", type=Path, metavar="OUT.PNG", help="draw the numbers of all channels")
+    parser.add_argument("--eps", type=float, default=1e-5, help="of the layers, default %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        result = model_report(layers.load(arguments.checkpoint), eps=arguments.eps)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(result)
+    if arguments.plot:
+        from jbn import plot  # matplotlib is an extra
+
+        plot.overview(result).savefig(arguments.plot, dpi=110)
+    return 1 if result.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
