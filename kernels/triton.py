@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import ManualAxisType
 from jbn.kernels import blocks, pallas
 from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation
@@ -206,8 +207,9 @@ def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activat
     factor = _fold_factor(x)
     arrays = [pallas.fold(a, factor) for a in (x, residual) if a is not None]
     tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
-    launch = _Launch(_fwd_apply_kernel, tiles, (arrays[0].shape,), (jnp.dtype(dtype),), (("activation", activation),))
-    (y,) = _run(launch, [*arrays, _stack(affine, (), factor)], interpret)
+    options = (("activation", activation),)
+    launch = _Launch(_fwd_apply_kernel, tiles, (arrays[0].shape,), (jnp.dtype(dtype),), options, interpret)
+    (y,) = _launch.bind(*arrays, _stack(affine, (), factor), launch=launch)
     return y.reshape(x.shape)
 
 
@@ -249,8 +251,8 @@ def bwd_apply(
     separate = residual_dtype is not None and activation is not None
     dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
     options = (("activation", activation), ("num_inputs", len(arrays)))
-    launch = _Launch(_bwd_apply_kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, options)
-    dx, *dz = (a.reshape(x.shape) for a in _run(launch, [*arrays, vectors], interpret))
+    launch = _Launch(_bwd_apply_kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, options, interpret)
+    dx, *dz = (a.reshape(x.shape) for a in _launch.bind(*arrays, vectors, launch=launch))
     if residual_dtype is None:
         return dx, None
     return dx, dz[0] if separate else dy.astype(residual_dtype)
@@ -270,8 +272,8 @@ def _stack(affine, others, factor):
 def _partials(kernel, tiles, number, operands, interpret, **options):
     """The results [chunks, width] of a reduction."""
     shapes = ((tiles.num_chunks, tiles.width),) * number
-    launch = _Launch(kernel, tiles, shapes, (jnp.dtype(jnp.float32),) * number, tuple(options.items()))
-    return _run(launch, operands, interpret)
+    launch = _Launch(kernel, tiles, shapes, (jnp.dtype(jnp.float32),) * number, tuple(options.items()), interpret)
+    return _launch.bind(*operands, launch=launch)
 
 
 class _Launch(NamedTuple):
@@ -282,8 +284,9 @@ class _Launch(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple
     options: tuple[tuple[str, Any], ...]
+    interpret: bool
 
-    def __call__(self, *operands, interpret=False):
+    def __call__(self, *operands):
         tiles = self.tiles
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         return pl.pallas_call(
@@ -293,17 +296,14 @@ class _Launch(NamedTuple):
             out_specs=[anywhere] * len(self.shapes),
             out_shape=[pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)],
             compiler_params=plt.CompilerParams(num_warps=blocks.NUM_WARPS, num_stages=1),
-            interpret=interpret,
+            interpret=self.interpret,
             name=f"jbn{self.kernel.__name__.removesuffix('_kernel')}",
         )(*operands)
 
 
-def _run(launch, operands, interpret):
-    return launch(*operands, interpret=True) if interpret else _launch.bind(*operands, launch=launch)
-
-
-# JAX 0.11 deprecated its Triton backend and says so whenever a kernel is lowered.  The reader of that warning could do
-# nothing about it, so it is silenced there, which takes a primitive with a lowering rule of its own.
+# A launch is a primitive of its own for the sake of its lowering.  JAX 0.11 deprecated the Triton backend and says so whenever
+# a kernel is lowered; the reader of that warning could do nothing about it.  And interpret mode mixes arrays that vary over
+# manual mesh axes with its own constants, which shard_map's check, long passed by then, would refuse.
 _launch = Primitive("jbn_triton")
 _launch.multiple_results = True
 
@@ -336,6 +336,8 @@ class _Batched(NamedTuple):
 
 
 def _lower(context, *operands, launch):
+    unvarying = lambda avals: [aval.update(manual_axis_type=ManualAxisType()) for aval in avals]
+    context = context.replace(avals_in=unvarying(context.avals_in), avals_out=unvarying(context.avals_out))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
