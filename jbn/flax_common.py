@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array, lax
 
-from jbn import functional, stats, validate
+from jbn import functional, renorm, stats, validate
 from jbn.types import Moments, Params, State
 
 
@@ -36,8 +36,9 @@ def batch_norm(
     initializing: bool = False,
     mask: Array | None = None,
     residual: Array | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> tuple[Array, State]:
-    """The call of both modules, so that they agree to the last bit.
+    """The call of all modules, so that linen's and nnx's agree to the last bit.
 
     Args:
         layer: the module, for its options.
@@ -49,6 +50,7 @@ def batch_norm(
         initializing: then neither axis_name nor virtual_batch_size apply.
         mask: bool, broadcastable to x.
         residual: array like x.
+        limits: r_max and d_max, for batch renormalization.
 
     Returns:
         (y, state): y has the shape of x; the state has the shapes and dtypes of the one given, except that the mean of
@@ -56,9 +58,10 @@ def batch_norm(
 
     Raises:
         ValueError, TypeError: an option out of range, arrays that do not fit x.
-        NotImplementedError: virtual batches or a kernel for complex x; an implementation that cannot run here.
+        NotImplementedError: virtual batches, renormalization or a kernel for complex x; virtual batches in renormalization;
+            an implementation that cannot run here.
     """
-    _check(layer)
+    _check(layer, limits)
     config = _config(layer, x, dtype, initializing)
     x = _computable(x, dtype)
     features = tuple(x.shape[a] for a in config.axis)
@@ -66,7 +69,7 @@ def batch_norm(
     if _any_complex(x, dtype, *params, state.mean):
         train, evaluate = _train_complex, _evaluate_complex
     else:
-        train, evaluate = functional.train, functional.evaluate
+        train, evaluate = functional.train if limits is None else renorm.train, functional.evaluate
         validate.parameters(params, old, x, config.axis)
         residual = validate.residual(residual, x)
     if use_running_average:
@@ -74,14 +77,20 @@ def batch_norm(
     weights = None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x)
     if config.virtual_batch_size is not None:
         validate.batch(x, config.axis, weights, config.axis_name, config.virtual_batch_size)
-    y, new = train(
-        x, params, old, config=config, momentum=layer.momentum, eps=layer.epsilon, weights=weights, residual=residual
-    )
+    options = {"momentum": layer.momentum, "eps": layer.epsilon, "weights": weights, "residual": residual, **(limits or {})}
+    y, new = train(x, params, old, config=config, **options)
     return y, State(new.mean.reshape(state.mean.shape), new.var.reshape(state.var.shape), new.count)
 
 
-def _check(layer):
+def _check(layer, limits):
     """Reject the options that no input could make right."""
+    if limits is not None:
+        validate.limits(**limits)
+        if layer.virtual_batch_size is not None:
+            raise NotImplementedError(
+                f"virtual_batch_size is {layer.virtual_batch_size}, expected None: batch renormalization is for batches that "
+                "are small already"
+            )
     if layer.momentum is None:
         raise ValueError(
             "momentum is None, expected 0 <= momentum <= 1: Flax's variables hold no count of batches to average over, "
@@ -123,7 +132,7 @@ def _computable(x, dtype):
 
 
 def _any_complex(*values):
-    return any(v is not None and jnp.issubdtype(v, jnp.complexfloating) for v in values)
+    return any(v is not None and jnp.issubdtype(getattr(v, "dtype", v), jnp.complexfloating) for v in values)
 
 
 def _evaluate_complex(x, params, state, *, config, eps, residual):
@@ -143,8 +152,10 @@ def _evaluate_complex(x, params, state, *, config, eps, residual):
     return y.astype(config.dtype)
 
 
-def _train_complex(x, params, state, *, config, momentum, eps, weights, residual):
+def _train_complex(x, params, state, *, config, momentum, eps, weights, residual, **limits):
     """`functional.train` in plain JAX. The mean is complex; the variance is E|x - mean|^2, real."""
+    if limits:
+        raise NotImplementedError(f"batch renormalization does not take complex values, x is {x.dtype}")
     if config.virtual_batch_size is not None:
         raise NotImplementedError(f"virtual_batch_size {config.virtual_batch_size} does not take complex values, expected None")
     parts = [functional.moments(part, axis=config.axis, weights=weights) for part in (x.real, x.imag)]

@@ -61,27 +61,73 @@ class BatchNorm(nn.BatchNorm):
             ValueError, TypeError: an option out of range, arrays that do not fit x.
             NotImplementedError: an implementation that cannot run here.
         """
-        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
-        features = tuple(x.shape[a] for a in flax_common.feature_axes(self.axis, x.ndim))
-        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
-        params = Params(
-            scale=self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None,
-            bias=self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None,
-        )
-        y, new = flax_common.batch_norm(
-            self,
-            x,
-            params,
-            State(mean.value, var.value, jnp.zeros((), jnp.int32)),
-            use_running_average=bool(use_running_average),
-            dtype=flax_common.output_dtype(x, params, self.dtype),
-            initializing=self.is_initializing(),
-            mask=mask,
-            residual=residual,
-        )
-        if self.update_stats and not use_running_average and not self.is_initializing():
-            mean.value, var.value = new.mean, new.var
-        return y
+        return _call(self, x, use_running_average, mask=mask, residual=residual)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization: `BatchNorm` whose training output is corrected toward the running statistics.
+
+    Same variables and attributes (there are no virtual batches). Small batches gain from it; so do dependent ones, as in
+    reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for bit.
+
+    Attributes:
+        r_max: limit of the correction of the standard deviation, >= 1.
+        d_max: limit of the correction of the mean, in running standard deviations, >= 0.
+
+    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values to the call.
+    """
+
+    r_max: Any = 3.0
+    d_max: Any = 5.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Array | None = None,
+        r_max: float | Array | None = None,
+        d_max: float | Array | None = None,
+    ) -> Array:
+        """As `BatchNorm`.
+
+        Args:
+            x, use_running_average, mask, residual: as in `BatchNorm`.
+            r_max, d_max: in place of the attributes; may be traced.
+        """
+        limits = {
+            "r_max": self.r_max if r_max is None else r_max,
+            "d_max": self.d_max if d_max is None else d_max,
+        }
+        return _call(self, x, use_running_average, mask=mask, residual=residual, limits=limits)
+
+
+def _call(layer, x, use_running_average, *, mask, residual, limits=None):
+    """The body of both modules; a function, as a method would be one more row of nn.tabulate."""
+    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
+    x = jnp.asarray(x)
+    features = tuple(x.shape[a] for a in flax_common.feature_axes(layer.axis, x.ndim))
+    stats_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    mean = layer.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
+    var = layer.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
+    params = Params(
+        scale=layer.param("scale", layer.scale_init, features, layer.param_dtype) if layer.use_scale else None,
+        bias=layer.param("bias", layer.bias_init, features, layer.param_dtype) if layer.use_bias else None,
+    )
+    y, new = flax_common.batch_norm(
+        layer,
+        x,
+        params,
+        State(mean.value, var.value, jnp.zeros((), jnp.int32)),
+        use_running_average=bool(use_running_average),
+        dtype=flax_common.output_dtype(x, params, layer.dtype),
+        initializing=layer.is_initializing(),
+        mask=mask,
+        residual=residual,
+        limits=limits,
+    )
+    if layer.update_stats and not use_running_average and not layer.is_initializing():
+        mean.value, var.value = new.mean, new.var
+    return y

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
+import jbn.linen
+import jbn.nnx
 
 OPEN = {"r_max": 1.5, "d_max": 0.25}  # some channels of `case` are clipped, some are not
 
@@ -191,3 +194,57 @@ def test_a_callable_activation_sees_tracers():
     slope = lambda s: jbn.batch_renorm_train(x, params, state, activation=lambda z: s * z, **OPEN)[0].sum()
     _, _, scale, bias = corrected(x, params, state, **OPEN)
     np.testing.assert_allclose(jax.grad(slope)(2.0), oracle.forward(x, scale, bias)[0].sum(), rtol=1e-4)
+
+
+def modules(linen_type, nnx_type, x, **options):
+    """For linen and for nnx: a function of call arguments to (y, mean, var) of a layer holding `case()`."""
+    _, params, state = case()
+    linen_layer, nnx_layer = linen_type(**options), nnx_type(8, rngs=nnx.Rngs(0), **options)
+    variables = {"params": params._asdict(), "batch_stats": {"mean": state.mean, "var": state.var}}
+    nnx.update(nnx_layer, {**variables["params"], **variables["batch_stats"]})
+
+    def call_linen(**arguments):
+        y, new = linen_layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"], **arguments)
+        return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+
+    def call_nnx(**arguments):
+        layer = nnx.clone(nnx_layer)
+        return layer(x, use_running_average=False, **arguments), layer.mean[...], layer.var[...]
+
+    return call_linen, call_nnx
+
+
+@pytest.mark.third_party
+def test_both_modules_call_the_function():
+    x, params, state = case()
+    mask = np.random.default_rng(2).random((*x.shape[:2], 1)) < 0.7
+    y, new = jbn.batch_renorm_train(x, params, state, momentum=0.9, weights=mask, **OPEN)
+    for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, momentum=0.9, **OPEN):
+        jax.tree.map(np.testing.assert_array_equal, call(mask=mask), (y, new.mean, new.var))
+    for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, momentum=0.9):  # limits of the call, traced
+        scheduled = jax.jit(lambda r_max, d_max, call=call: call(mask=mask, r_max=r_max, d_max=d_max))(1.5, 0.25)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), scheduled, (y, new.mean, new.var))
+        default = jbn.batch_renorm_train(x, params, state, r_max=3.0, d_max=5.0)[0]
+        np.testing.assert_array_equal(call()[0], default)
+
+
+@pytest.mark.third_party
+def test_both_modules_equal_batch_norm_with_the_limits_closed():
+    x, _, _ = case()
+    renorm = modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, r_max=1.0, d_max=0.0, activation=jax.nn.relu)
+    plain = modules(jbn.linen.BatchNorm, jbn.nnx.BatchNorm, x, activation=jax.nn.relu)
+    for a, b in zip(renorm, plain, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a(), b())
+    tree = lambda layer: jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x, use_running_average=False))
+    assert tree(jbn.linen.BatchRenorm()) == tree(jbn.linen.BatchNorm())
+
+
+@pytest.mark.third_party
+def test_modules_refuse_virtual_batches_and_limits_out_of_range():
+    x, _, _ = case()
+    for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, virtual_batch_size=4):
+        with pytest.raises(NotImplementedError, match="virtual_batch_size is 4"):
+            call()
+    for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x):
+        with pytest.raises(ValueError, match=r"r_max is 0\.5"):
+            call(r_max=0.5)
