@@ -1,0 +1,95 @@
+"""Which statistics normalize, whether they update, whether scale and bias train: each apart from the others."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jbn
+import jbn.linen
+from jbn.policy import norm_mask, not_
+
+pytestmark = pytest.mark.third_party
+
+
+class Model(nn.Module):
+    frozen_first: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = jbn.linen.BatchNorm(use_running_average=not train or self.frozen_first, name="first")(nn.Dense(4, name="in")(x))
+        x = jbn.linen.BatchNorm(use_running_average=not train, use_scale=False, name="second")(nn.relu(x))
+        return nn.Dense(1, name="out")(nn.LayerNorm(name="layer_norm")(x))
+
+
+def setup(**options):
+    model, x = Model(**options), np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    return model, x, model.init(jax.random.key(0), x, train=True)
+
+
+def test_the_mask_names_norms_and_nothing_else():
+    _, _, variables = setup()
+    mask = norm_mask(variables["params"])
+    assert {name: set(layer.values()) for name, layer in mask.items()} == {
+        "in": {False},
+        "first": {True},
+        "second": {True},
+        "layer_norm": {True},
+        "out": {False},
+    }
+    assert jax.tree.structure(mask) == jax.tree.structure(variables["params"])
+    only_first = norm_mask(variables["params"], lambda path: path[-1] == "first")
+    assert [name for name, layer in only_first.items() if any(layer.values())] == ["first"]
+
+
+def test_functional_params_in_any_container():
+    params, _ = jbn.init(3, use_bias=False)
+    tree = {"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "norms": [params, (params,)]}
+    mask = norm_mask(tree)
+    assert mask["conv"] == {"kernel": False, "bias": False}
+    assert mask["norms"] == [jbn.Params(True, None), (jbn.Params(True, None),)]
+    assert not_(mask)["norms"][0] == jbn.Params(False, None)
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+
+
+def train_step(model, variables, x, optimizer):
+    def loss(params):
+        y, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        return jnp.square(y - 1).mean(), new
+
+    gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, _ = optimizer.update(gradients, optimizer.init(variables["params"]), variables["params"])
+    return {"params": optax.apply_updates(variables["params"], updates), **new}
+
+
+def changed(before, after):
+    """The layers of which anything changed."""
+    differs = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return {name for name in before if differs(before[name], after[name])}
+
+
+def test_a_frozen_layer_inside_a_training_model():
+    model, x, variables = setup(frozen_first=True)
+    mask = norm_mask(variables["params"], lambda path: path[-1] == "first")
+    optimizer = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), mask))
+    new = train_step(model, variables, x, optimizer)
+    assert changed(variables["params"], new["params"]) == {"in", "second", "layer_norm", "out"}
+    assert changed(variables["batch_stats"], new["batch_stats"]) == {"second"}
+
+
+def test_weight_decay_spares_the_norms():
+    _, _, variables = setup()
+    decay = optax.add_decayed_weights(0.1, mask=lambda params: not_(norm_mask(params)))
+    params = jax.tree.map(lambda p: p + 1.0, variables["params"])
+    updates, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+    assert changed(jax.tree.map(jnp.zeros_like, params), updates) == {"in", "out"}
+
+
+def test_a_frozen_layer_still_passes_gradients():
+    """use_running_average=True in training: y moves with x as a fixed affine map does."""
+    params, state = jbn.init(3)
+    state = state._replace(var=jnp.full(3, 4.0))
+    dx = jax.grad(lambda x: jbn.batch_norm_eval(x, params, state).sum())(jnp.ones((5, 3)))
+    np.testing.assert_allclose(dx, np.full((5, 3), 1 / np.sqrt(4 + 1e-5)), rtol=1e-6)
