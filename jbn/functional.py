@@ -341,5 +341,6 @@ def _operands(x, params, eps, residual, config):
 @functools.partial(jax.jit, static_argnames="axis")
 def _moments(x, weights, *, axis):
     guess = jnp.zeros(tuple(x.shape[a] for a in axis), accumulator(x.dtype))
+    x, guess, weights = stats.vary_alike((x, guess, weights))
     count, shift, offset, m2 = partition.fwd_stats(None, x, guess, weights, axis=axis)
     return Moments(count, shift + offset, m2)

@@ -57,6 +57,10 @@ def psum(vectors: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
     """Sum over a mapped axis; the identity for axis_name None."""
     if axis_name is None:
         return vectors
+    if axis_index_groups is not None and varying(vectors):
+        raise NotImplementedError(
+            f"axis_index_groups {axis_index_groups} in shard_map(check_vma=True): its psum takes no groups, use check_vma=False"
+        )
     return lax.psum(vectors, axis_name, axis_index_groups=axis_index_groups)
 
 
