@@ -216,7 +216,7 @@ def _compile(target, fn, activation, with_residual, shape, dtype, **options):
 @pytest.mark.parametrize(("fn", "passes"), [(_forward, 3), (_backward, 5)])
 def test_passes_over_memory_and_wide_loads(fn, passes, tmp_path):
     shape, dtype = (128 * 28 * 28, 512), jnp.bfloat16
-    dump = {"xla_dump_to": str(tmp_path), "xla_gpu_dump_llvmir": True}
+    dump = {"xla_dump_to": str(tmp_path), "xla_gpu_dump_llvmir": True, "xla_dump_emitter_re": ".*"}
     compiled = _compile("h200", fn, jax.nn.relu, False, shape, dtype, **dump)
     moved = hlo.moved(hlo.operations(compiled.as_text()))
     # Beside x: 12 bytes of partial results for every 512 rows, written, and read some four times.
