@@ -29,7 +29,7 @@ def drift(report: Any) -> Any:
         raise ValueError("the report holds no drift, expected one made with moments: report(params, state, jbn.moments(x))")
     figure = _figure(10, 1.8 + 0.35 * len(rows))
     figure.suptitle("Drift of the batch from the running statistics", fontweight="bold")
-    _heat_map(figure, figure.subplots(), rows, "drift of the mean,\nrunning standard deviations", limit=3.0)
+    _heat_map(figure, figure.subplots(), rows, "drift of the mean,\nrunning standard deviations", limits=(-3, 3))
     return figure
 
 
@@ -47,24 +47,22 @@ def overview(report: Any) -> Any:
     """
     layers = _layers(report)
     rows = {name: {m.layer: getattr(m, name) for m in layers} for name in ("drift", "signal", "ratio", "one_sided", "scale")}
+    rows["signal"] = {name: 1 - values for name, values in rows["signal"].items()}
     rows["ratio"] = {name: _log(values) for name, values in rows["ratio"].items()}
     panels = [
-        ("drift", "Drift: how far the batch's mean lies from the running mean", "running std", 3.0),
-        ("signal", "Signal: 1 in a working channel, 0 where the input does not vary", "√(var / (var + eps))", 1.0),
-        (
-            "ratio",
-            "Cancellation: from 2 on (red), the mean is 100 times the standard deviation or more",
-            "log10 |mean|/std",
-            2.0,
-        ),
-        ("one_sided", "Output: 0 is centred; beyond 4 on either side it hardly ever crosses zero", "mean / std", 4.0),
-        ("scale", "Scale: 0 (white) can be pruned", "scale", 2.0),
+        ("drift", "Drift: how far the batch's mean lies from the running mean", "running std", (-3, 3)),
+        ("signal", "Dead: 0 in a working channel, 1 where the input does not vary", "1 - √(var/(var+eps))", (0, 1)),
+        ("ratio", "Cancellation: at 2 the mean is 100 standard deviations", "log10 |mean| / std", (0, 2)),
+        ("one_sided", "Output: 0 is centred, beyond 4 on either side it hardly ever crosses zero", "mean / std", (-4, 4)),
+        ("scale", "Scale: 0 can be pruned", "scale", (-2, 2)),
     ]
     panels = [panel for panel in panels if any(v is not None for v in rows[panel[0]].values())]
-    figure = _figure(10, len(panels) * (1.1 + 0.25 * len(layers)))
-    figure.suptitle("Batch norms, one row per layer (grey: no such channel or not known, cross: not finite)", fontweight="bold")
-    for ax, (name, title, unit, limit) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
-        _heat_map(figure, ax, rows[name], unit, limit=limit)
+    figure = _figure(10, len(panels) * (1.3 + 0.25 * len(layers)))
+    figure.suptitle(
+        "Batch norms, one row per layer (grey: no such channel or not known, cross: not a number)", fontweight="bold"
+    )
+    for ax, (name, title, unit, limits) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
+        _heat_map(figure, ax, rows[name], unit, limits=limits)
         ax.set_title(title, fontsize=10, loc="left")
     return figure
 
@@ -142,8 +140,7 @@ def _layers(report):
 
 
 def _log(values):
-    with np.errstate(divide="ignore"):
-        return np.maximum(np.log10(values), -2)  # nothing cancels below
+    return np.log10(np.maximum(values, 1))  # below 1 nothing cancels
 
 
 def _figure(width, height):
@@ -154,7 +151,7 @@ def _figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _heat_map(figure, ax, rows, unit, *, limit):
+def _heat_map(figure, ax, rows, unit, *, limits):
     """Blue below zero, white at zero, red above."""
     known = {layer: values for layer, values in rows.items() if values is not None}
     table = np.full((len(rows), max(values.size for values in known.values())), np.nan)
@@ -163,11 +160,11 @@ def _heat_map(figure, ax, rows, unit, *, limit):
         row[: values.size] = values
         broken = np.flatnonzero(~np.isfinite(values))
         ax.plot(broken, np.full(broken.size, y), "x", color="black")
-    colors = ax.imshow(
-        np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-limit, vmax=limit
-    )
+    colormap = "RdBu_r" if limits[0] < 0 else "Reds"
+    colors = ax.imshow(np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap=colormap)
+    colors.set_clim(*limits)
     ax.set_facecolor("0.8")
     ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ax.set_xlabel("channel")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(colors, ax=ax, label=unit, extend="both")
+    figure.colorbar(colors, ax=ax, label=unit, extend="both" if limits[0] < 0 else "max")

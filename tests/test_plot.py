@@ -51,7 +51,7 @@ def test_overview_leaves_out_what_is_not_known_and_marks_what_is_not_finite(tmp_
     report = health.model_report(two_layers())
     figure = plot.overview(report)
     titles = [ax.get_title(loc="left").split(":")[0] for ax in figure.axes if ax.images]
-    assert titles == ["Signal", "Cancellation", "Output", "Scale"]
+    assert titles == ["Dead", "Cancellation", "Output", "Scale"]
     scale = next(ax for ax in figure.axes if ax.get_title(loc="left").startswith("Scale"))
     np.testing.assert_array_equal(table(scale), [[1, 1, 1, 1], [1, 1, 1, np.nan]])
     output = next(ax for ax in figure.axes if ax.get_title(loc="left").startswith("Output"))
