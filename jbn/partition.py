@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbn import dispatch, stats
@@ -270,6 +270,18 @@ def _batch(leaves, dims, *, call, partitioned):
     return out, [0] * len(out)
 
 
+def _jvp(primals, tangents, *, call, partitioned):
+    """Partial evaluation inside scan drops the derivative rule above: then the local program is differentiated."""
+    out = _automatic.bind(*primals, call=call, partitioned=partitioned)
+    moving = [k for k, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+    def along(values):
+        leaves = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
+        return call(*leaves.values())
+
+    return out, jax.jvp(along, ([primals[k] for k in moving],), ([tangents[k] for k in moving],))[1]
+
+
 def _lower(context, *leaves, call, partitioned):
     """By the hook where there is one; else the local program, for XLA to partition."""
     module = context.module_context
@@ -277,5 +289,6 @@ def _lower(context, *leaves, call, partitioned):
     return mlir.lower_fun(jaxpr_as_fun(partitioned) if hook else call, multiple_results=True)(context, *leaves)
 
 
+ad.primitive_jvps[_automatic] = _jvp
 batching.primitive_batchers[_automatic] = _batch
 mlir.register_lowering(_automatic, _lower)
