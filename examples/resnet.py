@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2015, with the stride in the 3x3 convolution) whose batch norms add the residual and apply ReLU."""
+"""ResNet-50 whose batch norms add the residual and apply ReLU, and its training step."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 
 class FlaxNorm(nn.Module):
@@ -43,7 +44,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [batch, height, width, 3] to float32 logits [batch, classes]."""
+    """Images [batch, height, width, 3] to float32 logits [batch, classes] (He et al. 2015, stride in the 3x3 convolution)."""
 
     norm: Callable  # jbn.linen.BatchNorm or FlaxNorm
     classes: int = 1000
@@ -63,3 +64,30 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(self.width * 2**stage, stride, conv, norm)(x)
         return nn.Dense(self.classes, dtype=jnp.float32)(x.mean((1, 2)).astype(jnp.float32))
+
+
+def first_state(model, optimizer, image_size, key):
+    """Everything that changes while training, a pytree."""
+    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
+    return {**variables, "optimizer": optimizer.init(variables["params"]), "step": jnp.zeros((), jnp.int32)}
+
+
+def train_step(model, optimizer, state, batch):
+    """The next state, and the loss with label smoothing 0.1."""
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state["batch_stats"]}
+        logits, new = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+        labels = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), 0.1)
+        return optax.softmax_cross_entropy(logits, labels).mean(), new["batch_stats"]
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+    updates, opt_state = optimizer.update(grads, state["optimizer"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "batch_stats": batch_stats, "optimizer": opt_state, "step": state["step"] + 1}, loss
+
+
+def count_correct(model, state, batch):
+    """How many images of the batch are classified right; none with label -1."""
+    variables = {"params": state["params"], "batch_stats": state["batch_stats"]}
+    return (model.apply(variables, batch["image"], train=False).argmax(-1) == batch["label"]).sum()

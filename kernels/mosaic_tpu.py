@@ -59,7 +59,7 @@ def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
 
 
 def _fwd_apply_kernel(x_ref, residual_ref, affine_ref, y_ref, *, blocks, activation):
-    affine = Affine(*_vectors(affine_ref))
+    affine = Affine(*_vectors(affine_ref)).folded()
 
     def body(at):
         z = pre_activation(_load(x_ref, at), affine, _load(residual_ref, at))
@@ -80,23 +80,23 @@ def _bwd_stats_kernel(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x
     def terms(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
         dz = through_activation(x, dy, affine, saved, activation)
-        return dz, dz * ((x - affine.shift) - affine.offset)
+        return dz, dz * (x - affine.shift)
 
-    sum_dz, sum_dz_xc = _sums(terms, blocks, place)
+    sum_dz, sum_dz_x = _sums(terms, blocks, place)
     sum_dz_ref[...] += sum_dz
-    sum_dz_xc_ref[...] += sum_dz_xc
+    sum_dz_xc_ref[...] += sum_dz_x - affine.offset * sum_dz
 
 
 def _bwd_apply_kernel(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_ref, *, blocks, activation):
     affine = Affine(*_vectors(affine_ref))
-    pull = None if pull_ref is None else Pull(*_vectors(pull_ref))
+    through_stats = None if pull_ref is None else Affine(affine.shift, affine.offset, *_vectors(pull_ref)).folded()
 
     def body(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
         dz = through_activation(x, dy, affine, saved, activation)
         dx = affine.gain * dz
-        if pull is not None:
-            dx = dx + (pull.intercept + pull.slope * ((x - affine.shift) - affine.offset))
+        if through_stats is not None:
+            dx = dx + pre_activation(x, through_stats)
         dx_ref[at] = dx.astype(dx_ref.dtype)
         if dresidual_ref is not None:
             dresidual_ref[at] = dz.astype(dresidual_ref.dtype)
@@ -118,12 +118,22 @@ def _fwd_fused_kernel(
 
 
 def _bwd_fused_kernel(
-    x_ref, dy_ref, saved_ref, affine_ref, through_ref, dx_ref, dresidual_ref, sum_dz_ref, sum_dz_xc_ref, pull_ref, *, blocks, activation
+    x_ref,
+    dy_ref,
+    saved_ref,
+    affine_ref,
+    through_ref,
+    dx_ref,
+    dresidual_ref,
+    sum_dz_ref,
+    sum_dz_xc_ref,
+    pull_ref,
+    *,
+    blocks,
+    activation,
 ):
     """All rows of a block of channels: dx after the sums, from one read of x and dy. through: rstd, dmean, dvar."""
-    _bwd_stats_kernel(
-        x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_xc_ref, blocks=blocks, activation=activation
-    )
+    _bwd_stats_kernel(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_xc_ref, blocks=blocks, activation=activation)
     gain, rstd = affine_ref[2:3], through_ref[0:1]
     dmean = through_ref[1:2] - gain * sum_dz_ref[...]
     dvar = through_ref[2:3] - gain * jnp.square(rstd) / 2 * sum_dz_xc_ref[...]
@@ -209,7 +219,8 @@ def _vectors(ref):
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool) -> Stats:
     """Count, mean and m2 of each channel, by one read of x. No guess of the mean is needed."""
     del shift
-    assert weights is None and axis == (x.ndim - 1,)
+    assert weights is None
+    assert axis == (x.ndim - 1,)
     blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
     found = _call(_fwd_stats_kernel, (_view(x, blocks),), (_vector(x, blocks),) * 3, blocks, sums=True, interpret=interpret)
     return _stats(*found, blocks)
@@ -227,7 +238,8 @@ def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activat
 
 def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - mean), by one read of x and dy."""
-    assert weights is None and axis == (x.ndim - 1,)
+    assert weights is None
+    assert axis == (x.ndim - 1,)
     blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(_bwd_stats_kernel, activation=activation)
     operands = (*(_view(a, blocks) for a in (x, dy, saved)), _stacked(affine, blocks))
@@ -249,10 +261,15 @@ def bwd_apply(
     interpret: bool,
 ) -> tuple[Array, Array | None]:
     """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
-    assert weights is None and axis == (x.ndim - 1,)
+    assert weights is None
+    assert axis == (x.ndim - 1,)
     blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(_bwd_apply_kernel, activation=activation)
-    operands = (*(_view(a, blocks) for a in (x, dy, saved)), _stacked(affine, blocks), None if pull is None else _stacked(pull, blocks))
+    operands = (
+        *(_view(a, blocks) for a in (x, dy, saved)),
+        _stacked(affine, blocks),
+        None if pull is None else _stacked(pull, blocks),
+    )
     results = (_rows(x, blocks, x.dtype), None if residual_dtype is None else _rows(x, blocks, residual_dtype))
     dx, dresidual = _call(body, operands, results, blocks, interpret=interpret)
     return _unview(dx, x, blocks), _unview(dresidual, x, blocks)
@@ -367,7 +384,8 @@ def _stacked(vectors, blocks):
 
 
 def _stats(shift, offset, m2, blocks):
-    shift, offset, m2 = (v.reshape(-1) for v in (shift, offset, m2))
+    # Interpreted, a division that makes shift would move into its users, to be rounded there otherwise than here.
+    shift, offset, m2 = lax.optimization_barrier(tuple(v.reshape(-1) for v in (shift, offset, m2)))
     return Stats(jnp.full_like(shift, blocks.outer * blocks.inner), shift, offset, m2)
 
 

@@ -1,0 +1,136 @@
+"""Train ResNet-50 on all the devices there are: TPU, GPU or CPU.
+
+python examples/tpu_resnet.py --data imagenet/train --checkpoints checkpoints        on a TPU VM; again to resume
+python examples/tpu_resnet.py --fake-devices 8 --image-size 32 --steps 4             anywhere
+python examples/tpu_resnet.py --compile-only v5e:4x4                                 no TPU, but its compiler (jbn[aot])
+"""
+
+import argparse
+import functools
+import hashlib
+import pathlib
+
+import image_data
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from resnet import FlaxNorm, ResNet, count_correct, first_state, train_step
+from tqdm import tqdm
+
+import jbn.linen
+from jbn.bench import hlo, targets
+
+
+def main():
+    args = arguments()
+    if args.fake_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.fake_devices)
+    if args.distributed:
+        jax.distributed.initialize()
+    if args.compile_only:
+        compile_only(args)
+        return
+    data, test_data = image_data.load(args.data, args.image_size)
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+    batch_size = args.batch_size * jax.device_count()
+    per_epoch = len(data.labels) // batch_size
+    total = args.steps or args.epochs * per_epoch
+    model, optimizer, init = setup(args, int(data.labels.max()) + 1, batch_size, total)
+    replicated, split = shardings(mesh)
+    state = jax.jit(init, out_shardings=replicated)(jax.random.key(args.seed))
+    step = jax.jit(functools.partial(train_step, model, optimizer), donate_argnums=0)
+    correct = jax.jit(functools.partial(count_correct, model))
+    put = lambda batch: {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
+
+    manager = args.checkpoints and ocp.CheckpointManager(pathlib.Path(args.checkpoints).absolute())
+    if manager and manager.latest_step() is not None:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+    first = int(state["step"])
+    bar = tqdm(total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True)
+    for epoch in range(first // per_epoch, -(-total // per_epoch)):
+        skip = max(first - epoch * per_epoch, 0)
+        for i, batch in enumerate(image_data.batches(data, batch_size, seed=args.seed, epoch=epoch, skip=skip), skip + 1):
+            state, loss = step(state, put(batch))
+            done = epoch * per_epoch + i
+            bar.update(batch_size)
+            if done % args.log_every == 0 or done == total:
+                bar.write(f"step {done}: loss {loss:.4f}")
+            if manager and (done % args.save_every == 0 or done == total):
+                manager.save(done, args=ocp.args.StandardSave(state))
+            if done == total:
+                break
+        tests = image_data.batches(test_data, batch_size, seed=None)
+        right = sum(int(correct(state, put(batch))) for batch in tests)
+        bar.write(f"epoch {epoch + 1}: test accuracy {right / len(test_data.labels):.4f}")
+    if manager:
+        manager.close()
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
+    bar.write(f"state after step {int(state['step'])}: sha256 {digest.hexdigest()}")
+
+
+def setup(args, classes, batch_size, total):
+    """The model, the optimizer, and the function of a key that makes the first state."""
+    norm = {"jbn": jbn.linen.BatchNorm, "flax": FlaxNorm}[args.norm]
+    model = ResNet(norm, classes, tuple(args.blocks), args.width)
+    peak = args.learning_rate * batch_size / 256  # Goyal et al. 2017
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, min(args.warmup, total // 5), total)
+    decay = optax.add_decayed_weights(1e-4, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    return model, optimizer, functools.partial(first_state, model, optimizer, args.image_size)
+
+
+def shardings(mesh):
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def compile_only(args):
+    """Compile the training step for a TPU topology and print what its compiler says."""
+    devices = targets.devices(args.compile_only)
+    replicated, split = shardings(Mesh(np.array(devices), ("batch",)))
+    batch_size = args.batch_size * len(devices)
+    model, optimizer, init = setup(args, 1000, batch_size, 100_000)
+    place = lambda sharding: lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    state = jax.tree.map(place(replicated), jax.eval_shape(init, jax.random.key(0)))
+    image = jax.ShapeDtypeStruct((batch_size, args.image_size, args.image_size, 3), np.float32, sharding=split)
+    label = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=split)
+    step = functools.partial(train_step, model, optimizer)
+    compiled = targets.compile_for(args.compile_only, step, state, {"image": image, "label": label}, donate_argnums=0)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    run = hlo.operations(text, branch=hlo.cheapest)  # of conditionals, what runs once the running mean is near
+    print(f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step")
+    print(f"{hlo.moved(run) / 1e9:.2f} GB moved, {hlo.estimated_cycles(run) / 1e6:.2f} M estimated cycles, collectives:")
+    for (kind, result), times in sorted(hlo.collectives(text).items()):
+        print(f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="folder of one folder of images per class, or .npz (see image_data.py); made-up images if absent")
+    add("--checkpoints", help="folder to save to, and to resume from")
+    add("--save-every", type=int, default=1000, help="steps")
+    add("--log-every", type=int, default=100, help="steps")
+    add("--steps", type=int, help="instead of --epochs")
+    add("--epochs", type=int, default=90)
+    add("--batch-size", type=int, help="per device; 128, or 8 with --fake-devices")
+    add("--image-size", type=int, default=224)
+    add("--learning-rate", type=float, default=0.1, help="per 256 images of a batch")
+    add("--warmup", type=int, default=5000, help="steps, at most a fifth of all")
+    add("--blocks", type=int, nargs="+", default=[3, 4, 6, 3])
+    add("--width", type=int, default=64)
+    add("--norm", choices=("jbn", "flax"), default="jbn")
+    add("--seed", type=int, default=0)
+    add("--distributed", action="store_true", help="on a TPU of several hosts: start this on each")
+    add("--fake-devices", type=int, help="pretend to have so many, on CPU")
+    add("--compile-only", metavar="TOPOLOGY", help="such as v5e:4x4: compile the step for it and print what it costs")
+    args = parser.parse_args()
+    args.batch_size = args.batch_size or (8 if args.fake_devices else 128)
+    return args
+
+
+if __name__ == "__main__":
+    main()
