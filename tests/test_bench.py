@@ -1,191 +1,337 @@
-"""The benchmark: what it counts, what it times, what it prints."""
+"""The benchmark: everybody computes the same, clocks are read right, a planted slowdown shows, a hang costs one row."""
+
+import importlib
+import importlib.util
+import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jbn.bench import hlo, targets
+from jbn.bench import __main__ as bench
+from jbn.bench import cases, device, layers, op, parts, peers, pictures, report, resnet, seam, timing, traffic
 
-SHAPE = (64, 128)
-TENSOR = 64 * 128 * 4
-
-
-def _moved(text, **options):
-    return hlo.moved(hlo.operations(text, **options))
-
-
-def _entry(body, *, before=""):
-    return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (x: f32[64,128]) -> f32[64,128] {{\n{body}\n}}\n"
-
-
-def _compiled(fn, *args):
-    return targets.compile_for("cpu", fn, *args).as_text()
-
-
-# --- hlo: compiled programs ---
-
-
-def test_elementwise_program_reads_and_writes_once():
-    text = _compiled(lambda x: jnp.sin(x) * 2 + 1, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-    assert _moved(text) == 2 * TENSOR
-
-
-def test_two_operands_are_both_read_and_the_same_one_once():
-    x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    assert _moved(_compiled(lambda x, y: x * y, x, x)) == 3 * TENSOR
-    assert _moved(_compiled(lambda x: x * x, x)) == 2 * TENSOR
-
-
-def test_loop_counts_its_trips_and_slices_are_charged_their_size():
-    def rows(x):
-        return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row) + carry), jnp.float32(1), x)[1]
-
-    text = _compiled(rows, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-    # One row read and one written a trip; the rest is copies of the whole at entry and exit, and counters.
-    body = [op for op in hlo.operations(text) if op.times == SHAPE[0]]
-    assert body
-    assert 2 * TENSOR <= hlo.moved(body) < 4 * TENSOR
-
-
-def test_conditional_counts_a_branch():
-    def either(flag, x):
-        return jax.lax.cond(flag, lambda x: jnp.sort(jnp.sin(x), axis=0), jnp.negative, x)
-
-    text = _compiled(either, jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-    dear, cheap, both = (_moved(text, branch=choice) for choice in (hlo.costliest, hlo.cheapest, hlo.every))
-    assert 2 * TENSOR <= cheap < dear
-    assert both > dear
-
-
-def test_collectives_are_counted_with_their_shapes():
-    devices = targets.devices("cpu")
-    mesh = jax.sharding.Mesh(devices, ("data",))
-    summed = jax.shard_map(
-        lambda x: jax.lax.psum(x.sum(0), "data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P(), check_vma=False
-    )
-    sharding = jax.NamedSharding(mesh, jax.P("data"))
-    text = _compiled(summed, jax.ShapeDtypeStruct((len(devices) * 4, 128), jnp.float32, sharding=sharding))
-    expected = {} if len(devices) == 1 else {("all-reduce", "f32[128]"): 1}
-    assert dict(hlo.collectives(text)) == expected
-
-
-def test_matrix_product_is_told_apart():
-    x = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-    found = hlo.operations(_compiled(lambda x: jnp.sin(x) @ x, x))
-    assert any(op.is_product for op in found)
-    assert not any(op.is_product for op in hlo.operations(_compiled(jnp.sin, x)))
-
-
-# --- hlo: what only other platforms print ---
-
-
-def test_custom_call_is_charged_operands_and_results():
-    text = _entry(
-        """  %x = f32[64,128]{1,0} parameter(0)
-  ROOT %call = (f32[64,128]{1,0}, f32[128]{0}) custom-call(%x), custom_call_target="tpu_custom_call", config={"body":"(("}"""
-    )
-    (call,) = hlo.operations(text)
-    assert (call.read, call.written, call.is_product) == (TENSOR, TENSOR + 512, False)
-
-
-def test_async_pair_counts_once():
-    text = _entry(
-        """  %x = f32[64,128]{1,0} parameter(0)
-  %s = (f32[64,128]{1,0}, f32[64,128]{1,0}) all-reduce-start(%x), to_apply=%sum
-  ROOT %d = f32[64,128]{1,0} all-reduce-done(%s)"""
-    )
-    assert _moved(text) == 2 * TENSOR
-    assert hlo.collectives(text) == {("all-reduce", "f32[64,128]"): 1}
-
-
-def test_on_chip_memory_of_a_tpu_is_free():
-    text = _entry(
-        """  %x = f32[64,128]{1,0:T(8,128)} parameter(0)
-  %s = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
-  %d = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%s)
-  ROOT %y = f32[64,128]{1,0:T(8,128)} fusion(%d), calls=%f, backend_config={"window_config":{"estimated_cycles":"123"}}"""
-    )
-    assert _moved(text) == 2 * TENSOR  # prefetched once, written once
-    assert hlo.estimated_cycles(hlo.operations(text)) == 123
-
-
-def test_both_spellings_of_a_conditional_and_a_bare_loop():
-    before = """%cheap (a: f32[64,128]) -> f32[64,128] {
-  ROOT %a = f32[64,128]{1,0} parameter(0)
+CASES = {
+    "channels_last": cases.Case("images", (4, 6, 6, 8)),
+    "channels_first": cases.Case("images", (4, 8, 6, 6), axis=1),
+    "dense": cases.Case("dense", (64, 8)),
 }
 
-%dear (b: f32[64,128]) -> f32[64,128] {
-  %b = f32[64,128]{1,0} parameter(0)
-  ROOT %n = f32[64,128]{1,0} negate(%b)
-}
 
-%test (c: (s32[], f32[64,128])) -> pred[] {
-  %c = (s32[], f32[64,128]{1,0}) parameter(0)
-  %seven = s32[] constant(7)
-  %i = s32[] get-tuple-element(%c), index=0
-  ROOT %lt = pred[] compare(%i, %seven), direction=LT
-}
+def _expected(problem, x, residual, dy):
+    """(y, dx) in float64 for scale 1 and bias 0."""
+    axes = tuple(a for a in range(x.ndim) if a != problem.case.axis % x.ndim)
+    x, residual, dy = (np.asarray(a, np.float64) for a in (x, residual, dy))
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    rstd = 1 / np.sqrt(var + layers.EPS)
+    xhat = (x - mean) * rstd
+    z = xhat + residual if problem.adds else xhat
+    dz = dy * (z > 0) if problem.relu else dy
+    dx = rstd * (dz - dz.mean(axes, keepdims=True) - xhat * (dz * xhat).mean(axes, keepdims=True))
+    return np.maximum(z, 0) if problem.relu else z, dx
+
+
+# --- every peer computes what the problem says ---
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("library", ["flax_linen", "flax_nnx", "jbn_linen", "haiku", "equinox"])
+def test_jax_peers_agree_with_float64(library, case):
+    if library in ("haiku", "equinox") and importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library} of the peers extra")
+    operation = "bn" if case is CASES["dense"] else "bn_add_relu"
+    problem = cases.Problem(case, operation, "forward_backward", "float32")
+    layer = getattr(layers, library)(problem)
+    ((x, residual, dy),) = peers.arrays(problem, 1)
+    out = jax.jit(peers.jax_function(problem, layer))(layer.params, layer.stats, x, residual, dy)
+    y, dx = _expected(problem, x, residual, dy)
+    # 144 rows, mean 1/4 of the deviation: a few roundings of float32.
+    np.testing.assert_allclose(out[0], y, atol=1e-5)
+    np.testing.assert_allclose(out[2][1], dx, atol=1e-5)
+    if problem.adds:
+        np.testing.assert_allclose(out[2][2], np.asarray(dy) * (y > 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
+def test_torch_agrees_with_float64(operation):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch")
+    import torch
+
+    from jbn.bench import peers_torch
+
+    problem = cases.Problem(CASES["channels_first"], operation, "forward_backward", "float32")
+    ((x, residual, dy),) = peers.arrays(problem, 1)
+    tensors = [torch.tensor(np.asarray(a)) for a in (x, residual, dy)]
+    leaves = [t.requires_grad_() for t in (*tensors[:2], torch.ones(8), torch.zeros(8))]
+    mean, var = torch.zeros(8), torch.ones(8)
+    y, grads = peers_torch.function(problem)(leaves[0], leaves[1], tensors[2], leaves[2], leaves[3], mean, var)
+    expected_y, expected_dx = _expected(problem, x, residual, dy)
+    np.testing.assert_allclose(y.detach(), expected_y, atol=1e-5)
+    np.testing.assert_allclose(grads[0], expected_dx, atol=1e-5)
+    # The same momentum as the others: the old mean, 0, keeps 0.9 of its weight.
+    np.testing.assert_allclose(mean, 0.1 * np.asarray(x).mean((0, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.third_party
+@pytest.mark.slow
+def test_both_norms_of_the_model_have_one_tree_and_one_loss():
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    (init, step), (other_init, other_step) = (
+        resnet.training(norm, blocks=(1,), dtype=jnp.float32) for norm in resnet.norms().values()
+    )
+    assert jax.eval_shape(init, jax.random.key(0), images) == jax.eval_shape(other_init, jax.random.key(0), images)
+    state = jax.jit(init)(jax.random.key(0), images)
+    loss, other_loss = (float(jax.jit(fn)(state, images, jnp.arange(4))[1]) for fn in (step, other_step))
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert loss == pytest.approx(np.log(1000), rel=0.2)  # nothing learned yet
+
+
+# --- clocks ---
+
+
+class _Clock:
+    """A machine whose time passes only while contestants run."""
+
+    def __init__(self):
+        self.now, self.slowness, self.order = 0.0, 1.0, []
+
+    def contestant(self, name, seconds):
+        def run(i):
+            self.order.append(name)
+            self.now += seconds * self.slowness
+            return i
+
+        return timing.Contestant(name, run, lambda result: None)
+
+
+def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
+    clock = _Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    contestants = [clock.contestant("a", 0.5), clock.contestant("b", 1.0), clock.contestant("c", 2.0)]
+    one, rounds = timing._one, iter(range(100))
+
+    def disturbed(contestant, calls):
+        clock.slowness = 10.0 if next(rounds) // 3 % 3 == 1 else 1.0  # every third round, for everybody
+        return one(contestant, calls)
+
+    monkeypatch.setattr(timing, "_one", disturbed)
+    samples = timing.measure(contestants, rounds=9, seconds=1.0)
+    assert timing.ratio(samples["c"], samples["b"]) == 2
+    assert timing.ratio(samples["a"], samples["b"]) == 0.5
+    assert samples["b"].quartiles == (1, 1, 10)
+    firsts = clock.order[9:]  # after two calls of warm-up and one of calibration for each
+    assert {firsts[0], firsts[7], firsts[14]} == {"a", "b", "c"}  # a round is 3 + 2 + 2 calls: the untimed one, then the timed
+
+
+def _profile(*planes):
+    event = lambda start, name, stats: types.SimpleNamespace(start_ns=start, name=name, stats=stats.items(), duration_ns=start)
+    made = [
+        types.SimpleNamespace(
+            name=plane,
+            lines=[types.SimpleNamespace(name=n, events=[event(*e) for e in events]) for n, events in lines.items()],
+        )
+        for plane, lines in planes
+    ]
+    return types.SimpleNamespace(planes=made)
+
+
+def test_profiles_of_gpu_and_tpu_are_read():
+    kernels = [(3e9, "k3", {"hlo_module": "jit_b"}), (1e9, "k1", {"hlo_module": "jit_a"}), (2e9, "memset", {})]
+    gpu = ("/device:GPU:0", {"Stream #1": kernels, "XLA Ops": kernels})
+    host = ("/host:CPU", {"python": kernels})
+    assert timing.module_seconds(_profile(gpu, host)) == {"jit_a": [1.0], "jit_b": [3.0]}
+    tpu = ("/device:TPU:0", {"XLA Modules": [(4e9, "jit_a(123)", {})], "XLA Ops": [(1e9, "fusion", {"hlo_module": "jit_a"})]})
+    assert timing.module_seconds(_profile(tpu)) == {"jit_a": [4.0]}
+
+
+def test_device_times_belong_to_rounds():
+    # 2 rounds of 1 + 2 calls of 2 kernels; the first call of a round is not counted.
+    events = [9, 9, 1, 2, 3, 4, 9, 9, 5, 5, 6, 6]
+    assert timing._per_round(events, 2, 3) == [5, 11]
+    assert timing._per_round(events[:-1], 2, 3) == []
+    assert timing._per_round([], 2, 3) == []
+
+
+def test_a_real_profile_names_our_module(tmp_path):
+    run = peers.jit_as("jbn_traced", lambda x: jnp.sin(x) * 2)
+    x = jnp.ones((512, 512))
+    run(x).block_until_ready()
+    with jax.profiler.trace(str(tmp_path)):
+        for _ in range(3):
+            run(x).block_until_ready()
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    found = timing.module_seconds(jax.profiler.ProfileData.from_file(str(path)), plane="/host:CPU")
+    assert len(found["jit_jbn_traced"]) >= 3
+    assert min(found["jit_jbn_traced"]) > 0
+
+
+# --- a planted slowdown ---
+
+
+def _slower(make_layer, passes):
+    """The layer with passes over y that nothing needs: a sum of y that y then depends on, so that no fusion holds both."""
+
+    def make(problem, **options):
+        layer = make_layer(problem, **options)
+
+        def train(params, stats, x, residual):
+            y, new = layer.train(params, stats, x, residual)
+            for _ in range(passes):
+                y = y + 1e-6 * jnp.cos(y.sum(0, keepdims=True))
+            return y, new
+
+        return layer._replace(train=train)
+
+    return make
+
+
+def test_an_extra_pass_shows_in_traffic():
+    problem = cases.Problem(cases.Case("dense", (4096, 256)), "bn_relu", "forward", "float32")
+    plain, slow = (traffic.layer_row("cpu", problem, make) for make in (layers.jbn_linen, _slower(layers.jbn_linen, 1)))
+    assert slow["moved_T"] > plain["moved_T"] + 0.9
+
+
+def test_extra_passes_show_in_op():
+    problem = cases.Problem(cases.Case("dense", (8192, 256)), "bn_relu", "forward", "float32")
+    plain = peers.jax_peer("flax.linen", "", layers.jbn_linen)  # under the reference's name
+    slow = peers.jax_peer("jbn", "slow", _slower(layers.jbn_linen, 4))
+    (rows,) = op.measure([problem], [plain, slow], rounds=9, seconds=0.002)
+    assert rows[1]["implementation"] == "slow"
+    assert rows[1]["ratio_vs_flax"] > 1.3
+
+
+# --- traffic ---
+
+
+@pytest.mark.third_party
+def test_saved_residuals():
+    problem = cases.Problem(cases.Case("dense", (4096, 256)), "bn_relu", "forward_backward", "bfloat16")
+    jbn, flax = (traffic.layer_row("cpu", problem, make)["saved_T"] for make in (layers.jbn_linen, layers.flax_linen))
+    assert 1 <= jbn < 1.1  # x and vectors
+    assert flax > 4
+
+
+# --- parts and their processes ---
+
+
+def test_parts_suit_the_platform():
+    assert parts.names("cpu")[:3] == ["copy", "correctness xla", "speed xla"]
+    assert "correctness triton" in parts.names("gpu")
+    assert all(list(parts.items(name, backend="cpu")) for name in parts.names("cpu"))
+    sweep = [name for name in parts.names("gpu") if name.startswith("sweep")]
+    assert sweep
+    for name in sweep:
+        module, constants = seam.SWEEPS[name.split()[1]]
+        assert all(hasattr(importlib.import_module(module), constant) for constant in constants)
+
+
+@pytest.mark.parametrize("name", list(seam.PASSES))
+def test_the_check_of_a_function_passes_the_right_and_fails_the_wrong(name):
+    for dtype, with_residual in (("float32", False), ("bfloat16", name != "fwd_stats")):
+        inputs = seam.inputs(256, 24, dtype, with_residual=with_residual)
+        right = jax.jit(seam.function("xla", name))(inputs)
+        assert seam.error(name, inputs, right) <= seam.tolerance(name, dtype)
+        wrong = jax.tree.map(lambda a: a.at[..., 3].multiply(1.02), right)
+        assert seam.error(name, inputs, wrong) > seam.tolerance(name, dtype)
+        poisoned = jax.tree.map(lambda a: a.at[..., 3].set(jnp.nan), right)
+        assert seam.error(name, inputs, poisoned) == np.inf
+
+
+_CHILD = """
+import json, os, sys, time
+name, first, path = sys.argv[1:]
+with open(path, "a", buffering=1) as file:
+    for number in range(int(first), 4):
+        file.write(json.dumps({"begin": number, "label": f"item {number}"}) + "\\n")
+        if number == 1: time.sleep(100)
+        if number == 2: os.abort()
+        file.write(json.dumps({"row": {"part": name, "case": f"item {number}"}}) + "\\n")
+        file.write(json.dumps({"end": number}) + "\\n")
 """
-    lines = {
-        "pred": "%p = pred[] constant(true)\n  ROOT %y = f32[64,128]{1,0} conditional(%p, %x, %x), "
-        "true_computation=%dear, false_computation=%cheap",
-        "index": "%p = s32[] constant(1)\n  ROOT %y = f32[64,128]{1,0} conditional(%p, %x, %x), "
-        "branch_computations={%cheap, %dear}",
-        "loop": "ROOT %y = f32[64,128]{1,0} while(%x), condition=%test, body=%dear",
+
+
+def test_a_hang_and_a_crash_cost_one_row_each(monkeypatch):
+    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments])
+    rows = device.run_part("speed x", device.Limits(part=60, item=1.5))
+    assert [row["case"] for row in rows] == ["item 0", "item 1", "item 2", "item 3"]
+    assert [row.get("status", "").split(":")[0] for row in rows] == ["", "hung", "ended with -6", ""]
+
+
+def test_a_part_ends_when_its_time_is_up_and_when_it_cannot_begin(monkeypatch):
+    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments])
+    rows = device.run_part("speed x", device.Limits(part=2, item=60))
+    assert [row.get("status") for row in rows] == [None, "time is up: 2 s"]
+    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", "import nowhere"])
+    (row,) = device.run_part("speed x", device.Limits(part=60, item=60))
+    assert row["status"] == "ended with 1: ModuleNotFoundError: No module named 'nowhere'"
+
+
+# --- what is printed ---
+
+_ROW = {"case": "bn/a", "mode": "eval", "dtype": "float32", "implementation": "", "peer": "flax.linen", "ratio_vs_flax": 1.0}
+_ROW |= {"median_ms": 2.0, "times_roofline": 1.25, "part": "op"}
+_ROWS = [_ROW, _ROW | {"peer": "jbn", "implementation": "default", "ratio_vs_flax": 0.51234, "times_roofline": 0.75}]
+
+
+def test_table_is_aligned_and_json_comes_back(tmp_path):
+    lines = report.table(_ROWS, ("case", "peer", "ratio_vs_flax")).splitlines()
+    assert lines == ["case  peer        ratio_vs_flax", "bn/a  flax.linen              1", "      jbn                0.5123"]
+    assert report.markdown(_ROWS, ("case", "ratio_vs_flax")).splitlines()[-1] == "| bn/a | 0.5123 |"
+    report.write_json(tmp_path / "rows.jsonl", _ROWS)
+    assert report.read_json(tmp_path / "rows.jsonl") == _ROWS
+
+
+def test_pictures_and_pages_are_written(tmp_path):
+    speeds = [
+        {"part": f"speed {name}", "case": "fwd_stats 8x8", "dtype": "bfloat16", "implementation": name, "GB_per_s": 5.0}
+        for name in ("xla", "triton")
+    ]
+    rows = [row | {"device": "cpu: 2 cores", "jax": "0", "date": "today"} for row in [*_ROWS, *speeds]]
+    device.write(tmp_path, rows)
+    assert "| bn/a | eval |" in (tmp_path / "results.md").read_text()
+    assert report.read_json(tmp_path / "results.jsonl") == rows
+    pictures.plot_traffic(
+        tmp_path / "traffic.png",
+        [_ROW | {"target": "h200", "moved_T": 10.0, "bound_T": 8, "peer": peer} for peer in ("flax.linen", "jbn")],
+        "title",
+    )
+    for name in ("op", "kernels", "traffic"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.third_party
+def test_op_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    words = "bn_relu/stage4_narrow eval float32 jbn"
+    assert bench.main(["op", "--batch", "1", "--repeats", "3", "--filter", words, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["peer"] for row in rows] == ["flax.linen", "jbn"]
+    fields = {
+        "case",
+        "mode",
+        "dtype",
+        "implementation",
+        "peer",
+        "median_ms",
+        "q1_ms",
+        "q3_ms",
+        "ratio_vs_flax",
+        "times_roofline",
     }
-    texts = {key: _entry("  %x = f32[64,128]{1,0} parameter(0)\n  " + line, before=before) for key, line in lines.items()}
-    assert {key: _moved(text) for key, text in texts.items()} == {
-        "pred": 2 * TENSOR,
-        "index": 2 * TENSOR,
-        "loop": 14 * TENSOR,
-    }
-    with pytest.raises(ValueError, match="no trip count"):
-        hlo.operations(texts["loop"].replace("direction=LT", "direction=NE"))
+    assert all(fields | {"device", "jax", "date"} <= row.keys() for row in rows)
+    assert rows[0]["ratio_vs_flax"] == 1
+    assert "bn_relu/stage4_narrow" in capsys.readouterr().out
+    assert bench.main(["op", "--filter", "nonsense"]) == 2
 
 
-def test_bytes_of_types():
-    assert hlo.nbytes("(bf16[3,5]{1,0}, pred[7]{0}, s4[3]{0}, f8e4m3fn[9])") == 30 + 7 + 2 + 9
-    assert hlo.nbytes("f32[]") == 4
-    with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.operations("")
-
-
-# --- targets ---
-
-
-def test_unknown_target_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'h100'.*h200"):
-        targets.compile_for("h100", jnp.sin, jnp.ones(3))
-
-
-def test_missing_compiler_names_the_extra(monkeypatch):
-    monkeypatch.setattr(targets, "_installed", lambda module: False)
-    targets.devices.cache_clear()
-    for target in ("a100", "v4"):
-        with pytest.raises(ImportError, match=rf"'{target}'.*jbn\[aot\]"):
-            targets.compile_for(target, jnp.sin, jnp.ones(3))
-    assert targets.available("cpu")
-    assert not targets.available("v5e")
-
-
-def _needs(target):
-    return pytest.param(target, marks=pytest.mark.aot("libtpu" if target.startswith("v") else "jax_cuda13_plugin"))
-
-
-@pytest.mark.parametrize("target", [_needs(t) for t in ("h200", "a100", "v5e", "v5p", "v6e")])
-def test_deviceless_compile(target):
-    # Larger than any TPU's VMEM: otherwise the compiler keeps the tensor on chip.
-    x = jax.ShapeDtypeStruct((64, 1024, 2048), jnp.float32)
-    found = hlo.operations(targets.compile_for(target, lambda x: jnp.sin(x) + 1, x).as_text())
-    assert hlo.moved(found) == 2 * 64 * 1024 * 2048 * 4
-    assert (hlo.estimated_cycles(found) > 0) == target.startswith("v")
-
-
-@pytest.mark.parametrize("topology", [_needs("v5e:16x16")])
-def test_deviceless_mesh(topology):
-    devices = targets.devices(topology)
-    assert len(devices) == 256
-    mesh = jax.sharding.Mesh(devices, ("data",))
-    x = jax.ShapeDtypeStruct((256 * 8, 512), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
-    found = hlo.collectives(targets.compile_for(topology, lambda x: x.sum(0), x).as_text())
-    assert found == {("all-reduce", "f32[512]"): 1}
+@pytest.mark.third_party
+def test_traffic_from_the_command_line(capsys):
+    assert bench.main(["traffic", "--target", "cpu", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "moved_T" in out
+    assert "jbn" in out

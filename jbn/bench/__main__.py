@@ -70,6 +70,7 @@ def _op(options):
 
 
 def _traffic(options):
+    jax.config.update("jax_platforms", "cpu")  # it only compiles: no device is needed, and none is taken
     layer_rows, step_rows = [], []
     for target in options.target:
         choice = {"operations": ("bn_relu",), "modes": ("forward_backward",)} if options.quick else {}

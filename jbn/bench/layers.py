@@ -45,8 +45,9 @@ def jbn_linen(problem: Problem, *, implementation: str | None = None) -> Layer:
 
 def _of_linen(norm, problem, then):
     """then: what follows the norm; None if the norm adds the residual itself."""
-    x = jax.ShapeDtypeStruct(problem.case.shape, problem.dtype)
-    variables = norm.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype), use_running_average=True)
+    axis = problem.case.axis % len(problem.case.shape)
+    small = tuple(n if a == axis else 1 for a, n in enumerate(problem.case.shape))
+    variables = norm.init(jax.random.key(0), jnp.zeros(small, problem.dtype), use_running_average=True)
     params, stats = variables["params"], variables["batch_stats"]
 
     def apply(params, stats, x, residual, **options):

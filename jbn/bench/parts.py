@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.bench import cases, model, op, peers, report, seam, timing
+from jbn.bench import cases, layers, model, op, peers, report, seam, timing
 from jbn.dispatch import PLATFORMS
 
 Rows = list[dict[str, Any]]
@@ -197,7 +197,9 @@ def _barrier(scale, implementation):
 def _barrier_rows(scale, implementation):
     rows, channels = 12544, 1024
     problem = cases.Problem(cases.Case("fused", (rows, channels)), "bn_relu", "forward", "bfloat16")
-    run = peers.build_jbn(problem, implementation)
+    layer = functools.partial(layers.jbn_linen, implementation=implementation)
+    run = peers.jax_peer("jbn", implementation, layer).build(problem, 1)
+    assert run is not None
     first = np.asarray(run(0)[0])
     different = sum(not np.array_equal(np.asarray(run(0)[0]), first) for _ in range(scale.repeats))
     return [

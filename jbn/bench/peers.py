@@ -37,14 +37,14 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
         backend: `jax.default_backend()`.
         compiled: whether to include torch.compile, which takes some seconds for each problem.
     """
-    peers = [_jax_peer("flax.linen", "", layers.flax_linen), _jax_peer("flax.nnx", "", layers.flax_nnx)]
+    peers = [jax_peer("flax.linen", "", layers.flax_linen), jax_peer("flax.nnx", "", layers.flax_nnx)]
     for name in _implementations(backend):
         layer = functools.partial(layers.jbn_linen, implementation=name)
-        peers.append(_jax_peer("jbn", name or "default", layer))
+        peers.append(jax_peer("jbn", name or "default", layer))
     missing = []
     for library, layer in (("haiku", layers.haiku), ("equinox", layers.equinox)):
         if importlib.util.find_spec(library):
-            peers.append(_jax_peer(library, "", layer))
+            peers.append(jax_peer(library, "", layer))
         else:
             missing.append(library)
     if importlib.util.find_spec("torch"):
@@ -102,16 +102,9 @@ def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
     return {"forward": forward, "eval": evaluate, "forward_backward": forward_backward}[problem.mode]
 
 
-def build_jbn(problem: Problem, implementation: str | None) -> Callable[[int], Any]:
-    """jbn's run(i) on one input set."""
-    run = _jax_peer(
-        "jbn", implementation or "default", functools.partial(layers.jbn_linen, implementation=implementation)
-    ).build(problem, 1)
-    assert run is not None
-    return run
+def jax_peer(library: str, implementation: str, make_layer: Callable[[Problem], layers.Layer]) -> Peer:
+    """The peer that runs a layer under jit."""
 
-
-def _jax_peer(library, implementation, make_layer):
     def build(problem, input_sets):
         layer = make_layer(problem)
         run = jit_as(module(peer), jax_function(problem, layer))

@@ -30,6 +30,7 @@ def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> ja
     Raises:
         ValueError: an unknown target.
         ImportError: the wheels that hold the target's compiler are not installed.
+        RuntimeError: the CUDA plugin did not start, as it does not without a GPU unless JAX_PLATFORMS is cpu.
     """
     device = devices(target)[0]
     args = jax.tree.map(lambda leaf: _placed(leaf, device), args)
@@ -53,8 +54,13 @@ def devices(target: str) -> tuple[Any, ...]:
     if target in _GPUS:
         _need("jax_plugins.xla_cuda13", target, "the CUDA plugin of JAX")
         config = resources.files("jbn.bench").joinpath("targets", f"{target}.txtpb").read_text()
-        topology = topologies.get_topology_desc(platform="cuda", topology_name=target, target_config=config, topology="1x1x1")
-        return tuple(topology.devices)
+        options = {"topology_name": target, "target_config": config, "topology": "1x1x1"}
+        try:
+            return tuple(topologies.get_topology_desc(platform="cuda", **options).devices)
+        except NotImplementedError as error:
+            # Without a GPU the plugin looks for CUDA libraries and gives up, unless JAX is told not to want one.
+            mend = "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') before anything runs"
+            raise RuntimeError(f"target {target!r}: the CUDA plugin did not start; {mend}") from error
     if target.partition(":")[0] not in _TPUS:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'")
     _need("libtpu", target, "the TPU compiler")
