@@ -1,7 +1,9 @@
 """Global statistics on 8 devices: values against the unsharded oracle, collectives in the compiled program."""
 
 import collections
+import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import opaque
 import oracle
 import pytest
 from jax import lax
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -432,3 +435,106 @@ def test_export_for_every_platform_and_for_8_devices():
     exported = jax.export.export(jax.jit(case.step))(*arguments)
     assert exported.nr_devices == 8
     case.check(exported.call(*arguments))
+
+
+# The README's four ways. Each is to be as short there as here.
+
+
+def check_readme(case, y, state):
+    np.testing.assert_allclose(np.reshape(y, case.y.shape), case.y, atol=TOLERANCE * 10)
+    np.testing.assert_allclose(state.mean, 0.01 * case.moments.mean, atol=TOLERANCE)
+
+
+def test_readme_jit():
+    case = Case(shape=(64, 16))
+    x, params, state = case.x, case.params, case.state
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    y, state = jax.jit(jbn.batch_norm_train)(x, params, state)
+    check_readme(case, y, state)
+
+
+def test_readme_explicit():
+    case = Case(shape=(64, 16))
+    x, params, state = case.x, case.params, case.state
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
+        x = jax.device_put(x, P("data"))
+        y, state = jax.jit(jbn.batch_norm_train)(x, params, state)
+    check_readme(case, y, state)
+
+
+def test_readme_shard_map():
+    case = Case(shape=(64, 16))
+    x, params, state = case.x, case.params, case.state
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    train = functools.partial(jbn.batch_norm_train, axis_name="data")
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=(P("data"), P()))
+    y, state = jax.jit(mapped)(x, params, state)
+    check_readme(case, y, state)
+
+
+def test_readme_pmap():
+    case = Case(shape=(64, 16))
+    x, params, state = case.x, case.params, case.state
+    train = functools.partial(jbn.batch_norm_train, axis_name="data")
+    mapped = jax.pmap(train, axis_name="data", in_axes=(0, None, None), out_axes=(0, None))
+    y, state = mapped(x.reshape(8, -1, *x.shape[1:]), params, state)
+    check_readme(case, y, state)
+
+
+def test_micro_batches_fold_the_state_once():
+    """k micro-batches fold k times (effective momentum m^k): merging their moments and folding once is the remedy."""
+    case = Case(shape=(64, 16))
+    m = None
+    for x in np.split(case.x, 4):
+        m = jbn.moments(x) if m is None else jbn.merge_moments(m, jbn.moments(x))
+    state = jbn.update_state(case.state, m, momentum=0.9)
+    np.testing.assert_allclose(state.mean, case.new_state.mean, atol=TOLERANCE)
+    np.testing.assert_allclose(state.var, case.new_state.var, atol=TOLERANCE)
+    four_times = case.state
+    for x in np.split(case.x, 4):
+        four_times = jbn.batch_norm_train(x, case.params, four_times, momentum=0.9)[1]
+    expected = sum(0.1 * 0.9 ** (3 - k) * oracle.moments(x).mean for k, x in enumerate(np.split(case.x, 4)))
+    np.testing.assert_allclose(four_times.mean, expected, atol=TOLERANCE)
+    assert four_times.count == 4
+    assert state.count == 1
+
+
+@pytest.mark.aot("libtpu")
+@pytest.mark.parametrize("layout", ["batch", "batch-spatial-channel"])
+def test_pods_take_no_more_collectives_than_4_chips(layout):
+    """Compiled for TPU v5e without one; there XLA's own partitioner makes and merges the all-reduces (see jbn/partition.py)."""
+    found = {}
+    for topology in ("v5e:2x2", "v5e:16x16"):
+        devices = np.array(topologies.get_topology_desc(topology, "tpu").devices)
+        shape = {"batch": (devices.size,), "batch-spatial-channel": (devices.size // 4, 2, 2)}[layout]
+        _, names, x_spec, vector_spec = MESHES[layout]
+        mesh = Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+        x, vector, count = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype, spec in (
+                ((4 * devices.size, 16, 16, 256), jnp.float32, x_spec),
+                ((256,), jnp.float32, vector_spec),
+                ((), jnp.int32, P()),
+            )
+        )
+        params, state = jbn.Params(vector, vector), jbn.State(vector, vector, count)
+
+        def train(x, params, state):
+            return jbn.batch_norm_train(x, params, state)
+
+        def gradients(x, dy, params, state):
+            return jax.vjp(lambda x, params: train(x, params, state)[0], x, params)[1](dy)
+
+        forward = jax.jit(train).lower(x, params, state).compile()
+        backward = jax.jit(gradients).lower(x, x, params, state).compile()
+        found[topology] = [(reductions(c, x.size), unconditional(c)) for c in (forward, backward)]
+    assert found["v5e:16x16"] == found["v5e:2x2"]
+    # One all-reduce if the running mean is within 10 standard deviations of the batch's, two more where it is not.
+    assert found["v5e:2x2"] == [(3, 1), (4, 2)]
+
+
+def unconditional(compiled):
+    """How many all-reduces of vectors run whichever branch a conditional takes."""
+    entry = compiled.as_text().split("\nENTRY ")[1]
+    return sum(elements > 1 for _, elements in collectives(types.SimpleNamespace(as_text=lambda: entry)))
