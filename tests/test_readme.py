@@ -1,8 +1,8 @@
 """The README's code runs.
 
-Every python block is executed, each in a namespace of its own; after a line `<!-- continues -->` it runs after the block
-before it, in one namespace.  A bash block is executed in the repository's root if `<!-- run -->` stands before it; the others are listed as
-skipped.  A block in any other language must say `text`, so that no code escapes by a missing or misspelt name.
+Every python block is executed in a namespace of its own; one after a line `<!-- continues -->` runs after the block before
+it, in one namespace.  A bash block is executed in the repository's root if `<!-- run -->` stands before it; the others are
+listed as skipped.  A block in any other language must say `text`, so that no code escapes by a missing or misspelt name.
 """
 
 import os
