@@ -155,6 +155,7 @@ def _tangent(spec, residuals, tangents):
     t_z = vectors(affine.gain) * (t_x - _where_read(unread, vectors(t_mean))) + vectors(t_gain) * xc
     t_z = t_z if t.bias is None else t_z + vectors(t.bias)
     t_z = t_z if t.residual is None else t_z + t.residual.astype(x.dtype)
+    t_z = _where_read(unread, t_z)  # as in reverse mode: what is not read influences no gradient
     saved = None if residuals.saved is None else residuals.saved.astype(x.dtype)
     t_y = through_activation(x, t_z, vectors(affine), saved, spec.activation).astype(spec.dtype)
     return t_y, None if residuals.count is None else (t_mean, t_var)
