@@ -112,18 +112,17 @@ def test_few_rows(rows):
 
 
 def _traffic(activation, with_residual, dtype=jnp.bfloat16):
-    """Forward and backward of the default path, in units of the bytes of x."""
+    """Forward and backward of the default path in one program, (moved, temporary) in units of the bytes of x."""
     x, vector = jax.ShapeDtypeStruct((128, 28, 28, 512), dtype), jax.ShapeDtypeStruct((512,), jnp.float32)
     state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
 
     def forward_and_backward(x, params, state, residual, dy):
-        layer = lambda x, params, residual: jbn.batch_norm_train(
-            x, params, state, residual=residual if with_residual else None, activation=activation
-        )
+        layer = lambda *args: jbn.batch_norm_train(*args[:2], state, residual=args[2], activation=activation)
         y, pull, state = jax.vjp(layer, x, params, residual, has_aux=True)
         return y, state, pull(dy)
 
-    compiled = targets.compile_for("h200", forward_and_backward, x, jbn.Params(vector, vector), state, x, x)
+    arguments = (x, jbn.Params(vector, vector), state, x if with_residual else None, x)
+    compiled = targets.compile_for("h200", forward_and_backward, *arguments)
     text = compiled.as_text()
     assert "conditional" not in text, "a GPU waits for the host at each"
     unit = x.size * jnp.dtype(dtype).itemsize
@@ -133,10 +132,11 @@ def _traffic(activation, with_residual, dtype=jnp.bfloat16):
 @pytest.mark.aot("jax_cuda13_plugin")
 @pytest.mark.parametrize(
     ("activation", "with_residual", "passes"),
-    [(None, False, 8), (jax.nn.relu, False, 8), (jax.nn.silu, False, 8), (jax.nn.relu, True, 11), (jax.nn.silu, True, 11)],
+    [(None, False, 7), (jax.nn.relu, False, 7), (jax.nn.silu, False, 7), (jax.nn.relu, True, 11), (jax.nn.silu, True, 10)],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_passes_over_memory(activation, with_residual, passes, dtype):
+    """One pass less than of a network's layer, 3 + 5: here y and dx share their reading of x."""
     moved, temporary = _traffic(activation, with_residual, dtype)
     assert moved <= passes + 0.1
     assert temporary <= 0.1, "nothing of the size of x but what the caller gets"
