@@ -1,6 +1,7 @@
 """python -m jbn.bench op | traffic | model | device: what jbn costs, beside what its peers cost."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def _parser():
     command.add_argument("--target", nargs="+", default=["cpu"], help=f"{', '.join(targets.TARGETS)}; GPUs and TPUs: extra aot")
     command.add_argument("--batch", type=int, default=128, help="images in the ResNet-50 step")
     command.add_argument("--side", type=int, default=224, help="their height and width")
+    command.add_argument("--part", choices=("layer", "model"), help="only one layer, or only the ResNet-50 step")
     command.set_defaults(run=_traffic)
     command = commands.add_parser("model", parents=[common], help="time a ResNet-50 train step")
     command.add_argument("--batch", type=int, help="images in a step (default: by memory)")
@@ -59,35 +61,47 @@ def _op(options):
     if not problems:
         print(f"--filter {options.filter!r} leaves nothing", file=sys.stderr)
         return 2
-    rounds = options.repeats or (15 if options.quick else 21)
+    pace = {"rounds": 31, "seconds": 0.002, "limit": 3.0} if options.quick else {"rounds": 21, "seconds": 0.02}
+    if options.repeats:
+        pace |= {"rounds": options.repeats, "limit": math.inf}
     rows = []
-    measured = op.measure(problems, contestants, rounds=rounds, seconds=0.004 if options.quick else 0.02)
+    measured = op.measure(problems, contestants, **pace)
     for found in report.progress(measured, len(problems), lambda rows: f"{rows[0]['case']} {rows[0]['mode']}"):
         rows += found
     print(report.table(rows, _OP_COLUMNS))
-    print(f"x ~ N(0.5, 2); {rounds} rounds; times_roofline: of a copy of x measured in the same rounds, each pass over memory")
+    counts = sorted({row["rounds"] for row in rows})
+    print(f"x ~ N(0.5, 2); {counts[0]} to {counts[-1]} rounds, everybody once in each; ratio: the median of those of a round")
+    print("times_roofline: over the time of a copy of x in the same rounds, times the passes, each of them over memory")
     return _finish(options, rows, missing)
 
 
 def _traffic(options):
     jax.config.update("jax_platforms", "cpu")  # it only compiles: no device is needed, and none is taken
-    layer_rows, step_rows = [], []
+    rows = []
     for target in options.target:
-        choice = {"operations": ("bn_relu",), "modes": ("forward_backward",)} if options.quick else {}
-        found = traffic.layer_rows(target, **choice)
-        found = [row for row in report.progress(found, 2 if options.quick else 12) if _matches(options.filter, row)]
-        print(f"target {target}: one layer, in units of T = the bytes of x; a conditional counts its dearest branch")
-        print("(under usual_T its cheapest); bound_T: every pass over memory; saved_T: kept for the backward pass")
-        print(report.table(found, _LAYER_COLUMNS) + "\n")
-        layer_rows += found
-        if options.quick or target == "cpu":
-            continue
-        print(f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products")
-        found = traffic.model_rows(target, batch=options.batch, side=options.side)
-        found = [row for row in report.progress(found, 2) if _matches(options.filter, row)]
-        print(report.table(found, _STEP_COLUMNS) + "\n")
-        step_rows += found
-    return _finish(options, layer_rows + step_rows, [], plot=pictures.plot_traffic)
+        if options.part != "model":
+            rows += _traffic_of_layers(target, options)
+        if options.part == "model" or not (options.part or options.quick or target == "cpu"):
+            rows += _traffic_of_model(target, options)
+    return _finish(options, rows, [], plot=pictures.plot_traffic)
+
+
+def _traffic_of_layers(target, options):
+    choice = {"operations": ("bn_relu",), "modes": ("forward_backward",)} if options.quick else {}
+    found = traffic.layer_rows(target, **choice)
+    rows = [row for row in report.progress(found, 2 if options.quick else 12) if _matches(options.filter, row)]
+    print(f"target {target}: one layer, in units of T = the bytes of x; a conditional counts its dearest branch")
+    print("(under usual_T its cheapest); bound_T: every pass over memory; saved_T: kept for the backward pass")
+    print(report.table(rows, _LAYER_COLUMNS) + "\n")
+    return rows
+
+
+def _traffic_of_model(target, options):
+    found = traffic.model_rows(target, batch=options.batch, side=options.side)
+    rows = [row for row in report.progress(found, 2) if _matches(options.filter, row)]
+    print(f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products")
+    print(report.table(rows, _STEP_COLUMNS) + "\n")
+    return rows
 
 
 def _model(options):

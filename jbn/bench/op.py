@@ -1,6 +1,7 @@
 """Time one layer: every problem, every peer that can run here."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,15 +16,19 @@ REFERENCE = "flax.linen"
 
 
 def measure(
-    problems: Sequence[Problem], contestants: Sequence[peers.Peer], *, rounds: int, seconds: float
+    problems: Sequence[Problem],
+    contestants: Sequence[peers.Peer],
+    *,
+    rounds: int,
+    seconds: float,
+    limit: float = math.inf,
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one problem after the other.
 
     Args:
         problems: what to compute.
         contestants: who computes it, `flax.linen` among them.
-        rounds: how often everybody's turn comes.
-        seconds: the least time of one turn.
+        rounds, seconds, limit: as in `timing.measure`, for each problem.
     """
     backend = jax.default_backend()
     for problem in problems:
@@ -31,7 +36,7 @@ def measure(
         runs = [_contestant(peer, problem, input_sets, backend) for peer in contestants]
         present = [run for run in runs if run is not None]
         copy = timing.Contestant("copy", peers.copy(problem, input_sets), jax.block_until_ready, _jax_clock(backend), "copy")
-        samples = timing.measure([*present, copy], rounds=rounds, seconds=seconds)
+        samples = timing.measure([*present, copy], rounds=rounds, seconds=seconds, limit=limit)
         named = {peer.name: peer for peer in contestants}
         yield [_row(problem, named[run.name], samples) for run in present]
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
+MIN_ROUNDS = 5
+
 
 class Contestant(NamedTuple):
     """run(i) starts call i; wait(result) returns when it has ended.
@@ -41,14 +43,15 @@ class Samples(NamedTuple):
         return q1, median, q3
 
 
-def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float) -> dict[str, Samples]:
+def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float, limit: float = math.inf) -> dict[str, Samples]:
     """Samples of each contestant by name.
 
     In each round everybody runs once, and the order rotates: what slows the machine for a while slows them all alike.
 
     Args:
-        rounds: how many.
+        rounds: how many, at most.
         seconds: the least time of a measurement; short calls are repeated until they fill it.
+        limit: seconds after which no round begins, once there were MIN_ROUNDS.
     """
     calls = {c.name: _calibrate(c, seconds) for c in contestants}
     traced = any(c.clock == "profile" for c in contestants)
@@ -56,8 +59,10 @@ def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float) -
         if traced:
             jax.profiler.start_trace(folder)
         taken: dict[str, list[float]] = {c.name: [] for c in contestants}
-        for index in range(rounds):
-            shift = index % len(contestants)
+        done, start = 0, time.perf_counter()
+        while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - start < limit):
+            shift = done % len(contestants)
+            done += 1
             for contestant in (*contestants[shift:], *contestants[:shift]):
                 taken[contestant.name].append(_one(contestant, calls[contestant.name]))
         if traced:
@@ -66,7 +71,7 @@ def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float) -
     samples = {}
     for c in contestants:
         runs = on_device.get(f"jit_{c.module}", []) if c.clock == "profile" else []
-        per_round = _per_round(runs, rounds, calls[c.name] + 1)
+        per_round = _per_round(runs, done, calls[c.name] + 1)
         clock = "device" if per_round or c.clock == "own" else "host"
         samples[c.name] = Samples(tuple(per_round or taken[c.name]), clock)
     return samples
