@@ -2,7 +2,7 @@
 
 `axis` is the tuple of feature axes (negative ones allowed); everything else is reduced.  A per-channel vector has the shape of
 the feature axes.  Activations go by the name they have in jax.nn.  weights broadcast to x; an element of weight zero that is
-not finite is read as the mean: it is normalized to zero and its dx is 0.
+not finite is not read: it is normalized as if it were the mean, and influences no gradient.
 """
 
 from typing import Any, NamedTuple
@@ -77,7 +77,18 @@ def normalize(x, mean, var, scale=None, bias=None, *, axis=(-1,), eps=1e-5, resi
 
 
 def backward(
-    x, dy, scale=None, bias=None, *, axis=(-1,), eps=1e-5, weights=None, residual=None, activation=None, dmean=0.0, dvar=0.0
+    x,
+    dy,
+    scale=None,
+    bias=None,
+    *,
+    axis=(-1,),
+    eps=1e-5,
+    weights=None,
+    residual=None,
+    activation=None,
+    dmean: Any = 0.0,
+    dvar: Any = 0.0,
 ):
     """Cotangents through `forward`, given those of y and of the batch's mean and biased variance.
 
@@ -102,7 +113,7 @@ def groups_forward(x, size, scale=None, bias=None, *, axis=(-1,), weights=None, 
 
 
 def groups_backward(
-    x, dy, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, dmean=0.0, dvar=0.0, **options
+    x, dy, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, dmean: Any = 0.0, dvar: Any = 0.0, **options
 ):
     """Cotangents through `groups_forward`; dmean and dvar are those of the whole batch's mean and biased variance."""
     dys = [dy for dy, _, _ in _groups(dy, size, None, None)]
@@ -182,17 +193,17 @@ def _backward_given(x, dy, mean, var, scale, bias, axis, eps, weights, residual,
     rstd = 1 / np.sqrt(_float64(var) + eps)
     z = _pre_activation(x, mean, var, scale, bias, axis, eps, weights, residual)
     dz = activation_derivative(z, activation) * _float64(dy)
-    dz = np.where((_weights(weights, x) <= 0) & ~np.isfinite(dz), 0, dz)
-    read, centered = ~_unread(x, weights), _centered(x, mean, axis, weights)
+    dz = np.where((_weights(weights, x) <= 0) & ~np.isfinite(dz) | _unread(x, weights), 0, dz)
+    centered = _centered(x, mean, axis, weights)
     sum_dz_xc = (dz * centered).sum(reduced)
     dvar = -scale * rstd**3 / 2 * sum_dz_xc
     return Gradients(
-        x=np.where(read, _wide(scale * rstd, ndim, axis) * dz, 0),
+        x=_wide(scale * rstd, ndim, axis) * dz,
         scale=rstd * sum_dz_xc,
         bias=dz.sum(reduced),
         residual=dz,
         eps=dvar.sum(),
-        mean=-scale * rstd * np.where(read, dz, 0).sum(reduced),
+        mean=-scale * rstd * dz.sum(reduced),
         var=dvar,
     )
 
