@@ -1,4 +1,4 @@
-"""`jbn.nnx.BatchNorm` against `flax.nnx.BatchNorm` where flax is right, against the oracle where it is not, and against linen."""
+"""`jbn.nnx.BatchNorm` against flax's where flax is right, against the oracle where it is not, and against linen."""
 
 import functools
 import inspect
