@@ -1,0 +1,95 @@
+"""Batch size 4 on scikit-learn's digits: batch renormalization beside batch normalization.
+
+python examples/batch_renorm.py              both, three seeds each: test accuracy
+
+At this learning rate, 0.1, batch norm's noise ruins it; at 0.02 both reach 0.98.
+"""
+
+import argparse
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import jbn.linen
+
+BATCH = 4
+
+
+class Network(nn.Module):
+    """Two hidden layers, each normalized: a feature has as many values as the batch has examples, 4."""
+
+    renorm: bool
+
+    @nn.compact
+    def __call__(self, x, train, r_max=1.0, d_max=0.0):
+        norm = functools.partial(
+            jbn.linen.BatchRenorm if self.renorm else jbn.linen.BatchNorm,
+            use_running_average=not train,
+            momentum=0.99,
+            activation=nn.relu,
+        )
+        limits = {"r_max": r_max, "d_max": d_max} if self.renorm else {}
+        for _ in range(2):
+            x = norm()(nn.Dense(128, use_bias=False)(x), **limits)
+        return nn.Dense(10)(x)
+
+
+def limits_at(step, steps):
+    """A schedule like the paper's: closed for a tenth of the run, then r_max to 3 over a third and d_max to 5 over a fifth."""
+    open_ = step - 0.1 * steps
+    return 1 + 2 * jnp.clip(open_ / (0.33 * steps), 0, 1), 5 * jnp.clip(open_ / (0.2 * steps), 0, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("renorm", "steps"))
+def train(images, labels, key, *, renorm, steps):
+    """All steps in one scan: the variables after training."""
+    model = Network(renorm)
+    variables = model.init(key, images[:BATCH], train=True)
+    optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
+
+    def step(carry, index):
+        variables, opt_state = carry
+        rows = jax.random.randint(jax.random.fold_in(key, index), (BATCH,), 0, len(images))
+        r_max, d_max = limits_at(index, steps)
+
+        def loss(params):
+            logits, new = model.apply(
+                {**variables, "params": params}, images[rows], True, r_max, d_max, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean(), new
+
+        gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return ({"params": optax.apply_updates(variables["params"], updates), **new}, opt_state), None
+
+    carry = variables, optimizer.init(variables["params"])
+    return jax.lax.scan(step, carry, jnp.arange(steps))[0][0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = (images[order] / 16).astype(np.float32), labels[order]
+    split = 1200
+    for renorm in (False, True):
+        accuracies = []
+        for seed in range(arguments.seeds):
+            variables = train(images[:split], labels[:split], jax.random.key(seed), renorm=renorm, steps=arguments.steps)
+            logits = Network(renorm).apply(variables, images[split:], train=False)
+            accuracies.append(float((logits.argmax(-1) == labels[split:]).mean()))
+        name = "batch renorm" if renorm else "batch norm"
+        each = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
+        print(f"{name:12} batch size {BATCH}: test accuracy {np.mean(accuracies):.4f} (seeds: {each})")
+
+
+if __name__ == "__main__":
+    main()
