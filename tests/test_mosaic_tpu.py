@@ -1,0 +1,243 @@
+"""The TPU kernels: in interpret mode against the oracle, and compiled for chips that are not here."""
+
+import jax
+import jax.numpy as jnp
+import kernel_grid
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jbn.kernels import mosaic_tpu, tpu_blocks
+from jbn.kernels.seam import Affine, Pull
+
+import jbn
+from jbn.bench import hlo, targets
+
+INTERPRET = "mosaic_tpu/interpret"
+CASES = [case for case in kernel_grid.parameters() if case.values[0].dtype != "float16"]  # TPUs have no float16
+CHIPS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+# Larger than the VMEM of any chip, in each way that XLA lays an array out and with rows that fill no block.
+LARGE = [
+    ((128, 28, 28, 1024), "bfloat16"),  # batch beside channels
+    ((128, 112, 112, 64), "bfloat16"),  # channels beside batch
+    ((256, 32, 32, 256), "float32"),  # as written
+    ((400003, 96), "float32"),  # channels beside rows, a prime number of them
+    ((200003, 640), "bfloat16"),
+]
+RESIDENT = [((128, 28, 28, 512), "bfloat16"), ((128, 56, 56, 64), "bfloat16"), ((64, 14, 14, 1024), "float32")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_oracle(case):
+    kernel_grid.check(INTERPRET, case)
+
+
+# Each way to view an array, whole and with rows left over, by blocks small enough to need several here.
+VIEWS = [
+    ((16, 3, 5, 24), "float32", "relu", True),
+    ((128, 2, 3, 40), "bfloat16", "gelu", True),
+    ((3, 10, 200), "float32", "silu", False),
+    ((2, 24, 256), "bfloat16", None, True),
+    ((301, 24), "float32", "relu", False),
+    ((40, 130), "bfloat16", "leaky_relu", True),
+    ((5, 7, 12, 3), "float32", None, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "activation", "with_residual"), VIEWS)
+def test_views_and_blocks(shape, dtype, activation, with_residual, monkeypatch):
+    monkeypatch.setattr(tpu_blocks, "STREAM_BYTES", 2**13)
+    monkeypatch.setattr(tpu_blocks, "CHUNK_SIZE", 2**11)
+    jax.clear_caches()  # the constants are read while tracing
+    rows, channels = int(np.prod(shape[:-1])), shape[-1]
+    case = kernel_grid.Case(channels, rows, dtype, activation, with_residual, with_mean=True)
+    kernel_grid.check(INTERPRET, case, shape)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1e6, None])
+def test_statistics_of_large_means(outlier, monkeypatch):
+    """Mean 1e4, std 1, the first row far away: var and y keep their digits, whatever shift the caller guesses."""
+    monkeypatch.setattr(tpu_blocks, "STREAM_BYTES", 2**14)
+    monkeypatch.setattr(tpu_blocks, "CHUNK_SIZE", 2**12)
+    x = (np.random.default_rng(0).standard_normal((5000, 8)) + 1e4).astype(np.float32)
+    if outlier is not None:
+        x[0] = outlier
+    stats = mosaic_tpu.fwd_stats(jnp.asarray(x), jnp.full(8, -3e5), None, axis=(1,), interpret=True)
+    want = oracle.moments(x)
+    mean = np.asarray(stats.shift, np.float64) + np.asarray(stats.offset)
+    std = np.sqrt(want.m2 / want.count)
+    np.testing.assert_array_equal(stats.count, want.count)
+    np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-6)
+    np.testing.assert_allclose(mean / std, want.mean / std, atol=1e-6)
+    affine = Affine(stats.shift, stats.offset, jnp.asarray(1 / std, jnp.float32), jnp.zeros(8))
+    y = mosaic_tpu.fwd_apply(jnp.asarray(x), affine, None, axis=(1,), activation=None, dtype=jnp.float32, interpret=True)
+    np.testing.assert_allclose(y, (x - want.mean) / std, rtol=1e-6, atol=1e-5)
+
+
+def test_half_of_the_rows_far_from_the_other():
+    """The second block is 1e4 away from all the kernel has seen: its digits count no more, and none that count are lost."""
+    x = np.random.default_rng(0).standard_normal((2**16, 128)).astype(np.float32)
+    x[2**15 :] += 1e4
+    assert tpu_blocks.stream(x.shape, 4).grid[1] > 2
+    stats = mosaic_tpu.fwd_stats(jnp.asarray(x), jnp.zeros(128), None, axis=(1,), interpret=True)
+    np.testing.assert_allclose(stats.m2, oracle.moments(x).m2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "with_residual"),
+    [((8, 6, 6, 160), "relu", True), ((128, 3, 24), "silu", True), ((1000, 8), None, False), ((64, 40), "relu", False)],
+)
+def test_fused_equal_oracle(shape, activation, with_residual):
+    """Forward and backward in one kernel each; cotangents of mean and var included."""
+    generator = np.random.default_rng(0)
+    x, dy, residual = generator.standard_normal((3, *shape)).astype(np.float32)
+    x += 30
+    scale, bias, dmean, dvar = generator.uniform(0.5, 1.5, (4, shape[-1])).astype(np.float32)
+    residual = residual if with_residual else None
+    act = None if activation is None else getattr(jax.nn, activation)
+    known = {"vmem_bytes": tpu_blocks.VMEM_BYTES["v5e"], "interpret": True, "activation": act}
+    given = None if residual is None else jnp.asarray(residual)
+    fused = mosaic_tpu.fwd_fused(
+        jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), given, eps=jnp.float32(1e-5), dtype=jnp.float32, **known
+    )
+    assert fused is not None
+    y, stats = fused
+    want_y, want = oracle.forward(x, scale, bias, residual=residual, activation=activation)
+    np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-5)
+
+    rstd = jax.lax.rsqrt(stats.m2 / stats.count + 1e-5)
+    affine = Affine(stats.shift, stats.offset, scale * rstd, jnp.asarray(bias))
+    saved = None if given is None else y if activation == "relu" else given
+    got = mosaic_tpu.bwd_fused(
+        jnp.asarray(x),
+        jnp.asarray(dy),
+        affine,
+        rstd=rstd,
+        d_stats=(jnp.asarray(dmean), jnp.asarray(dvar)),
+        saved=saved,
+        residual_dtype=None if given is None else jnp.float32,
+        **known,
+    )
+    assert got is not None
+    dx, dresidual, sum_dz, sum_dz_xc = got
+    wanted = oracle.backward(x, dy, scale, bias, residual=residual, activation=activation, dmean=dmean, dvar=dvar)
+    np.testing.assert_allclose(dx, wanted.x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sum_dz, wanted.bias, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(rstd * sum_dz_xc, wanted.scale, rtol=1e-4, atol=1e-3)
+    if with_residual:
+        np.testing.assert_allclose(dresidual, wanted.residual, rtol=1e-5, atol=1e-5)
+
+
+def test_unsupported():
+    state = jbn.State(jnp.zeros(4), jnp.ones(4), jnp.int32(0))
+    params = jbn.Params(jnp.ones(4), jnp.zeros(4))
+    with pytest.raises(NotImplementedError, match="takes float32 and bfloat16, not float16"):
+        jbn.batch_norm_train(jnp.ones((8, 4), jnp.float16), params, state, implementation=INTERPRET)
+    with pytest.raises(NotImplementedError, match="channels last"):
+        jbn.batch_norm_train(jnp.ones((8, 4, 3)), params, state, axis=1, implementation=INTERPRET)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [*LARGE, *RESIDENT], ids=str)
+def test_blocks_cover_every_row_once(shape, dtype):
+    itemsize = jnp.dtype(dtype).itemsize
+    for blocks in (tpu_blocks.stream(shape, itemsize), tpu_blocks.resident(shape, itemsize, 1, 2**40)):
+        if blocks is None:
+            continue
+        assert blocks.outer * blocks.inner * blocks.channels == np.prod(shape)
+        assert blocks.block_outer % blocks.chunk_outer == 0
+        assert blocks.block_inner % blocks.chunk_inner == 0
+        assert blocks.block_outer == 1 or blocks.block_inner == blocks.inner
+        assert all(g * b >= s > (g - 1) * b for g, b, s in zip(*_grid_and_block(blocks), strict=True))
+
+
+def _grid_and_block(blocks):
+    sizes = (blocks.channels, blocks.outer, blocks.inner)
+    return blocks.grid, (blocks.block_channels, blocks.block_outer, blocks.block_inner), sizes
+
+
+def _compile(chip, fn, *args):
+    """compile_for, with the chip's name where Mosaic looks for it."""
+    device = AbstractDevice(CHIPS[chip], 1, "tpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+        return targets.compile_for(chip, fn, *args)
+
+
+def _passes(chip, fn, x, *args):
+    """Bytes that the compiled function moves, in units of x, and the names of its kernels."""
+    run = hlo.operations(_compile(chip, fn, x, *args).as_text())
+    return hlo.moved(run) / (x.size * x.dtype.itemsize), {op.name.split(".")[0] for op in run if op.opcode == "custom-call"}
+
+
+@pytest.mark.aot("libtpu")
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("shape", "dtype"), LARGE, ids=str)
+def test_compiled_passes(shape, dtype, chip):
+    """Forward 3 passes over x (4 with a residual), backward 5 (8 with a residual: saved and dresidual are read and written)."""
+    x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def forward(x, params, state, residual=None):
+        return jbn.batch_norm_train(x, params, state, residual=residual, activation=jax.nn.relu, implementation="mosaic_tpu")
+
+    def backward(x, dy, affine, pull, y=None):
+        known = {"saved": y, "weights": None, "axis": (len(shape) - 1,), "activation": jax.nn.relu, "interpret": False}
+        sums = mosaic_tpu.bwd_stats(x, dy, affine, **known)
+        # The second kernel needs the sums, as in the derivative rule.
+        pull = Pull(pull.slope + sums[1], pull.intercept + sums[0])
+        return sums, mosaic_tpu.bwd_apply(x, dy, affine, pull=pull, residual_dtype=None if y is None else dtype, **known)
+
+    small = 0.02  # vectors
+    params, affine, pull = jbn.Params(vector, vector), Affine(*[vector] * 4), Pull(vector, vector)
+    passes, kernels = _passes(chip, forward, x, params, state)
+    assert kernels == {"fwd_stats", "fwd_apply"}
+    assert passes <= 3 + small
+    assert _passes(chip, forward, x, params, state, x)[0] <= 4 + small
+    passes, kernels = _passes(chip, backward, x, x, affine, pull)
+    assert kernels == {"bwd_stats", "bwd_apply"}
+    assert passes <= 5 + small
+    assert _passes(chip, backward, x, x, affine, pull, x)[0] <= 8 + small
+
+
+@pytest.mark.aot("libtpu")
+@pytest.mark.parametrize(("shape", "dtype"), RESIDENT, ids=str)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiled_fused_passes(shape, dtype, chip):
+    """Forward 2 passes where two arrays fit VMEM, backward 3 where three do."""
+    x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    known = {"vmem_bytes": tpu_blocks.VMEM_BYTES[chip], "interpret": False, "activation": jax.nn.relu}
+
+    def forward(x, scale, bias):
+        return mosaic_tpu.fwd_fused(x, scale, bias, None, eps=jnp.float32(1e-5), dtype=x.dtype, **known)
+
+    def backward(x, dy, affine, rstd):
+        return mosaic_tpu.bwd_fused(x, dy, affine, rstd=rstd, d_stats=(rstd, rstd), saved=None, residual_dtype=None, **known)
+
+    passes, kernels = _passes(chip, forward, x, vector, vector)
+    assert kernels == {"fwd_fused"}
+    assert passes <= 2.02
+    if tpu_blocks.resident(shape, x.dtype.itemsize, 3, known["vmem_bytes"]) is None:
+        return
+    passes, kernels = _passes(chip, backward, x, x, Affine(*[vector] * 4), vector)
+    assert kernels == {"bwd_fused"}
+    assert passes <= 3.02
+
+
+@pytest.mark.aot("libtpu")
+@pytest.mark.parametrize("activation", kernel_grid.ACTIVATIONS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_activation_compiles(chip, activation):
+    act = None if activation is None else getattr(jax.nn, activation)
+    for shape, dtype in (((64, 7, 7, 96), jnp.bfloat16), ((1000, 1000), jnp.float32), ((63, 3), jnp.float32)):
+        x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+
+        def step(x, residual, scale, bias, dy):
+            state = jbn.State(scale, bias, jnp.int32(0))
+            layer = lambda x, residual, scale, bias: jbn.batch_norm_train(
+                x, jbn.Params(scale, bias), state, residual=residual, activation=act, implementation="mosaic_tpu"
+            )
+            y, pull, _ = jax.vjp(layer, x, residual, scale, bias, has_aux=True)
+            return y, pull(dy)
+
+        kernels = _passes(chip, step, x, x, vector, vector, x)[1]
+        assert kernels == {"fwd_stats", "fwd_apply", "bwd_stats", "bwd_apply"}

@@ -1,0 +1,140 @@
+"""The placement for TPU, in jax.numpy: its numbers on CPU, and what the TPU compiler makes of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jbn.kernels import xla_tpu
+from jbn.kernels.seam import Affine, Pull
+
+import jbn
+from jbn.bench import hlo, targets
+
+AXIS = (1,)
+
+
+def _inputs(mean, dtype=np.float32):
+    generator = np.random.default_rng(0)
+    x, dy, residual = generator.standard_normal((3, 600, 8))
+    return (jnp.asarray(a, dtype) for a in (x + mean, dy, residual))
+
+
+@pytest.mark.parametrize("guess", [0.0, 9.0, 1e4, -3e5, 1e30, np.nan])
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1e4])
+def test_statistics_whatever_the_guess(mean, guess):
+    """Near guesses by one pass, others by the exact two: var to 2e-5, the bound behind MAX_SQUARED_MEAN."""
+    x, _, _ = _inputs(mean)
+    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(x, jnp.full(8, guess, jnp.float32))
+    want = oracle.moments(x)
+    np.testing.assert_array_equal(stats.count, want.count)
+    np.testing.assert_allclose(stats.m2, want.m2, rtol=2e-5)
+    found = np.asarray(stats.shift, np.float64) + np.asarray(stats.offset)
+    np.testing.assert_allclose(found, want.mean, atol=2e-6 * np.sqrt(want.m2 / want.count).max())
+
+
+@pytest.mark.parametrize("guess", [0.0, np.nan, 1e30])
+def test_bfloat16_needs_no_second_look(guess):
+    """One pass only, so no conditional; at 100 standard deviations from the guess var is still right to 0.3 %."""
+    x, _, _ = _inputs(100.0, jnp.bfloat16)
+    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))
+    guess = jnp.full(8, guess, jnp.float32)
+    assert "case" not in stats.lower(x, guess).as_text()
+    np.testing.assert_allclose(stats(x, guess).m2, oracle.moments(x).m2, rtol=3e-3)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_oracle(activation, with_residual, dtype):
+    x, dy, residual = _inputs(3.0, dtype)
+    residual = residual if with_residual else None
+    generator = np.random.default_rng(1)
+    scale, bias = generator.uniform(0.5, 1.5, (2, 8)).astype(np.float32)
+    act = None if activation is None else getattr(jax.nn, activation)
+    known = {"residual": residual, "activation": activation}
+    want_y, m = oracle.forward(x, scale, bias, **known)
+    z, _ = oracle.forward(x, scale, bias, residual=residual)
+    # Within rounding of zero, which side of relu z lies on is anybody's guess.
+    eps = float(jnp.finfo(dtype).eps)
+    dy = jnp.where(np.abs(z) < 4 * eps * np.abs(z).max(), jnp.zeros((), dtype), dy)
+    want = oracle.backward(x, dy, scale, bias, **known)
+
+    stats = xla_tpu.fwd_stats(x, jnp.zeros(8), None, axis=AXIS)
+    rstd = jax.lax.rsqrt(stats.m2 / stats.count + 1e-5)
+    affine = Affine(stats.shift, stats.offset, scale * rstd, jnp.asarray(bias))
+    y = xla_tpu.fwd_apply(x, affine, residual, axis=AXIS, activation=act, dtype=dtype)
+    # bn(x) is rounded to dtype before the sum, and the sum again: one eps of the largest term.
+    np.testing.assert_allclose(np.asarray(y, np.float64), want_y, rtol=eps, atol=eps * np.abs(z).max() + 1e-5)
+
+    saved = None if residual is None or act is None else y if activation in ("relu", "leaky_relu") else residual
+    common = {"saved": saved, "weights": None, "axis": AXIS, "activation": act}
+    sum_dz, sum_dz_xc = xla_tpu.bwd_stats(x, dy, affine, **common)
+    np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(rstd * sum_dz_xc, want.scale, rtol=1e-4, atol=1e-3)
+    pull = Pull(-affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count, -affine.gain * sum_dz / stats.count)
+    dx, dresidual = xla_tpu.bwd_apply(x, dy, affine, pull=pull, residual_dtype=dtype if with_residual else None, **common)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), want.x, rtol=2 * eps, atol=2e-5)
+    if with_residual:
+        np.testing.assert_allclose(np.asarray(dresidual, np.float64), want.residual, rtol=2 * eps, atol=2e-5)
+    assert m.count[0] == 600
+
+
+def test_weights_never_read_what_they_exclude():
+    x, dy, _ = _inputs(0.0)
+    weights = jnp.arange(600)[:, None] % 3 > 0
+    x, dy = (jnp.where(weights, a, jnp.nan) for a in (x, dy))
+    stats = xla_tpu.fwd_stats(x, jnp.zeros(8), weights, axis=AXIS)
+    want = oracle.moments(np.asarray(x), (1,), np.asarray(weights))
+    np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-5)
+    affine = Affine(stats.shift, stats.offset, jnp.ones(8), jnp.zeros(8))
+    common = {"saved": None, "weights": weights, "axis": AXIS, "activation": None}
+    readable = jnp.where(weights, x, 0)
+    assert np.isfinite(xla_tpu.bwd_stats(readable, dy, affine, **common)).all()
+
+
+def _block(x, kernel, params, state, residual):
+    """A 1x1 convolution and its batch norm, as in a ResNet."""
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jbn.batch_norm_train(x, params, state, residual=residual, activation=jax.nn.relu)
+
+
+def _arguments(batch, features, place=lambda spec: None):
+    rows, whole = place(PartitionSpec("batch")), place(PartitionSpec())
+    x = jax.ShapeDtypeStruct((batch, 28, 28, 128), jnp.bfloat16, sharding=rows)
+    residual = jax.ShapeDtypeStruct((batch, 28, 28, features), jnp.bfloat16, sharding=rows)
+    kernel = jax.ShapeDtypeStruct((1, 1, 128, features), jnp.bfloat16, sharding=whole)
+    vector = jax.ShapeDtypeStruct((features,), jnp.float32, sharding=whole)
+    state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
+    return x, kernel, jbn.Params(vector, vector), state, residual
+
+
+@pytest.mark.aot("libtpu")
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_statistics_stay_in_the_convolution(chip):
+    """Once the running mean is near: the convolution with its statistics, one pass for y, and nothing between."""
+    text = targets.compile_for(chip, _block, *_arguments(128, 512)).as_text()
+    run = hlo.operations(text, branch=hlo.cheapest)
+    size = 2 * 128 * 28 * 28 * 512
+    large = [op for op in run if op.moved > size / 2]
+    assert [op.is_product for op in large] == [True, False], large
+    # x in, conv out; conv out, residual and y.
+    assert hlo.moved(large) <= (0.25 + 1 + 3) * size * 1.05
+
+
+@pytest.mark.aot("libtpu")
+def test_only_vectors_between_chips():
+    mesh = Mesh(np.array(targets.devices("v5e:4x4")), ("batch",))
+    arguments = _arguments(16 * 32, 256, functools.partial(NamedSharding, mesh))
+
+    def loss(x, kernel, params, state, residual):
+        y, state = _block(x, kernel, params, state, residual)
+        return y.astype(jnp.float32).sum(), state
+
+    step = jax.grad(loss, argnums=(0, 2), has_aux=True)
+    found = hlo.collectives(targets.compile_for("v5e:4x4", step, *arguments).as_text())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert max(hlo.nbytes(result) for _, result in found) <= 4 * 4 * 256
