@@ -132,7 +132,8 @@ def refuses(call):
 @pytest.fixture(params=LIBRARIES)
 def library(request):
     if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed: pip install 'jbn[peers]'")
+        extra = "torch" if request.param == "torch" else "'jbn[peers]'"
+        pytest.skip(f"{request.param} is not installed: pip install {extra}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield request.param
