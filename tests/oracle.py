@@ -13,9 +13,9 @@ import numpy as np
 class Moments(NamedTuple):
     """Sum of the weights, mean, and sum of weight * (x - mean)^2 of each channel; 0, 0, 0 where nothing was counted."""
 
-    count: np.ndarray
-    mean: np.ndarray
-    m2: np.ndarray
+    count: Any
+    mean: Any
+    m2: Any
 
 
 class Gradients(NamedTuple):
@@ -33,9 +33,9 @@ class Gradients(NamedTuple):
 class State(NamedTuple):
     """Running statistics and the number of batches they have seen."""
 
-    mean: np.ndarray
-    var: np.ndarray
-    count: int
+    mean: Any
+    var: Any
+    count: Any
 
 
 def moments(x, axis=(-1,), weights=None):
