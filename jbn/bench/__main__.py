@@ -83,7 +83,7 @@ def _traffic(options):
             rows += _traffic_of_layers(target, options)
         if options.part == "model" or not (options.part or options.quick or target == "cpu"):
             rows += _traffic_of_model(target, options)
-    return _finish(options, rows, [], plot=pictures.plot_traffic)
+    return _finish(options, rows, [], pictures.plot_traffic, f"compiled for {', '.join(options.target)}, not run")
 
 
 def _traffic_of_layers(target, options):
@@ -142,15 +142,16 @@ def _filtered(words, problems, contestants):
     return problems, contestants
 
 
-def _finish(options, rows, missing, plot=pictures.plot_ratios):
+def _finish(options, rows, missing, plot=pictures.plot_ratios, where=None):
     environment = report.environment()
+    where = where or environment["device"]
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     if missing:
         print(f"not installed, so not compared: {', '.join(missing)} (extra peers; torch by itself)")
     if options.json:
         report.write_json(options.json, [row | environment for row in rows])
     if options.plot:
-        plot(options.plot, rows, f"{environment['device']}, jax {environment['jax']}, {environment['date']}")
+        plot(options.plot, rows, f"{where}; jax {environment['jax']}, {environment['date']}")
     return 0
 
 
