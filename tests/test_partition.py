@@ -111,11 +111,9 @@ def test_sharded(layout, kind, implementation):
     mesh = make_mesh(shape, names, KINDS[kind])
     x, dy, params, state = case.place(mesh, x_spec, vector_spec)
     with jax.set_mesh(mesh):
-        forward = jax.jit(lambda *a: case.train(*a, implementation=implementation)).lower(x, params, state).compile()
         step = jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(x, dy, params, state).compile()
     case.check(step(x, dy, params, state))
     across = layout != "channel"
-    assert reductions(forward, x.size) == 2 * across
     assert reductions(step, x.size) == 3 * across
     # Only where the parameters are replicated though the channels are split, vectors of one number per channel are gathered.
     gathered = [elements for name, elements in collectives(step) if name == "all-gather"]
@@ -123,8 +121,12 @@ def test_sharded(layout, kind, implementation):
 
 
 def test_without_a_mesh_in_context(implementation):
+    """And of the three all-reduces of a step, two are the forward pass's."""
     case = Case()
     arguments = case.place(make_mesh((8,), ("data",)), P("data"), P())
+    x, _, params, state = arguments
+    forward = jax.jit(lambda *a: case.train(*a, implementation=implementation)).lower(x, params, state).compile()
+    assert reductions(forward, case.x.size) == 2
     step = jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(*arguments).compile()
     case.check(step(*arguments))
     assert reductions(step, case.x.size) == 3
@@ -200,10 +202,8 @@ def test_uneven_spatial_shards_of_every_axis(implementation):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_mean(kind, implementation):
+def test_large_mean(kind):
     """mean 1e4, std 1: one float32 sum of squares about zero would leave nothing of the variance."""
-    if implementation is not None:
-        pytest.skip("the QR that makes the stand-in opaque rounds x itself at 1e4 * 6e-8")
     case = Case(shape=(1024, 16), mean=1e4)
     mesh = make_mesh((8,), ("data",), KINDS[kind])
     x, _, params, state = case.place(mesh, P("data"), P())
