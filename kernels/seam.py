@@ -75,6 +75,11 @@ def settled(shift):
     return lax.reduce_precision(shift, precision.nexp, precision.nmant - 3)
 
 
+def barrier(tree):
+    """An optimization barrier for each array apart: JAX 0.12 cannot transpose one over both constants and tangents."""
+    return jax.tree.map(lax.optimization_barrier, tree)
+
+
 def accumulator(dtype) -> jnp.dtype:
     """The dtype of statistics: float64 for float64, float32 for everything narrower."""
     return np.promote_types(dtype, np.float32)  # JAX's own obeys strict promotion

@@ -14,6 +14,7 @@ from jbn.kernels.seam import (
     Pull,
     Stats,
     accumulator,
+    barrier,
     counted,
     pre_activation,
     reduced_axes,
@@ -117,13 +118,13 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
 
 def _wide_map(affine, ndim, axis):
     """The map with three vectors, made before the pass over x: XLA would fuse their making into every element of it."""
-    return wide(lax.optimization_barrier(affine.folded()), ndim, axis)
+    return wide(barrier(affine.folded()), ndim, axis)
 
 
 def _isolate(depth, *values):
     """Keep CSE from merging what different reductions read: barriers of different nesting are not equal."""
     for _ in range(depth):
-        values = lax.optimization_barrier(values)
+        values = barrier(values)
     return values[0] if len(values) == 1 else values
 
 
