@@ -15,6 +15,7 @@ from jbn.kernels.seam import (
     Pull,
     Stats,
     accumulator,
+    barrier,
     pre_activation,
     reduced_axes,
     settled,
