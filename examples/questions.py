@@ -119,7 +119,7 @@ def weight_scale(steps):
     for _ in range(steps):
         dw = gradient(path[-1])
         claim("the gradient is orthogonal to W", abs((path[-1] * dw).sum()) < 1e-3 * norm(path[-1]) * norm(dw))
-        path.append(path[-1] - 0.1 * dw)
+        path.append(path[-1] - 0.3 * dw)
     lengths = np.array([norm(w) / norm(start) for w in path])
     claim("every step lengthens W", np.all(np.diff(lengths) > 0))
     figure, (left, right) = canvas("Scaling the weights before batch norm changes no output, and divides the gradient")
@@ -128,7 +128,7 @@ def weight_scale(steps):
     label(left, "Weights a times as large: gradient 1/a", "factor a on the weights W", "norm of the gradient")
     right.plot(lengths, color=THIRD, label="length of W")
     right.plot(lengths**-2.0, color=WITH, label="effective learning rate, lr / length²")
-    label(right, "Each step lengthens W and so slows the next", "steps of SGD at learning rate 0.1", "relative to the start")
+    label(right, "Each step lengthens W and so slows the next", "steps of SGD at learning rate 0.3", "relative to the start")
     return figure, {"change": change, "slope": slope, "longer": lengths[-1] - 1, "rate": lengths[-1] ** -2, "steps": steps}
 
 
