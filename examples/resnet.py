@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import jbn.linen
+
 
 class FlaxNorm(nn.Module):
     """flax.linen.BatchNorm with the signature of jbn.linen.BatchNorm, to compare the two in one model."""
@@ -64,6 +66,17 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(self.width * 2**stage, stride, conv, norm)(x)
         return nn.Dense(self.classes, dtype=jnp.float32)(x.mean((1, 2)).astype(jnp.float32))
+
+
+def setup(args, classes, batch_size, total):
+    """The model, the optimizer (a twentieth of the steps to warm up), and the function of a key that makes the first state."""
+    norm = {"jbn": jbn.linen.BatchNorm, "flax": FlaxNorm}[args.norm]
+    model = ResNet(norm, classes, tuple(args.blocks), args.width)
+    peak = args.learning_rate * batch_size / 256  # Goyal et al. 2017
+    schedule = optax.warmup_cosine_decay_schedule(0, peak, total // 20, total)
+    decay = optax.add_decayed_weights(1e-4, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    return model, optimizer, functools.partial(first_state, model, optimizer, args.image_size)
 
 
 def first_state(model, optimizer, image_size, key):

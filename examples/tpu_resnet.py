@@ -13,13 +13,11 @@ import pathlib
 import image_data
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from resnet import FlaxNorm, ResNet, count_correct, first_state, train_step
+from resnet import count_correct, setup, train_step
 from tqdm import tqdm
 
-import jbn.linen
 from jbn.bench import hlo, targets
 
 
@@ -37,6 +35,8 @@ def main():
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     batch_size = args.batch_size * jax.device_count()
     per_epoch = len(data.labels) // batch_size
+    if per_epoch == 0:
+        raise SystemExit(f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size")
     total = args.steps or args.epochs * per_epoch
     model, optimizer, init = setup(args, int(data.labels.max()) + 1, batch_size, total)
     replicated, split = shardings(mesh)
@@ -49,6 +49,7 @@ def main():
     if manager and manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     first = int(state["step"])
+    print(f"{jax.device_count()} devices, {batch_size} images per step, from step {first} to {total}")
     bar = tqdm(total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True)
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
         skip = max(first - epoch * per_epoch, 0)
@@ -69,17 +70,6 @@ def main():
         manager.close()
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
     bar.write(f"state after step {int(state['step'])}: sha256 {digest.hexdigest()}")
-
-
-def setup(args, classes, batch_size, total):
-    """The model, the optimizer, and the function of a key that makes the first state."""
-    norm = {"jbn": jbn.linen.BatchNorm, "flax": FlaxNorm}[args.norm]
-    model = ResNet(norm, classes, tuple(args.blocks), args.width)
-    peak = args.learning_rate * batch_size / 256  # Goyal et al. 2017
-    schedule = optax.warmup_cosine_decay_schedule(0, peak, min(args.warmup, total // 5), total)
-    decay = optax.add_decayed_weights(1e-4, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
-    optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
-    return model, optimizer, functools.partial(first_state, model, optimizer, args.image_size)
 
 
 def shardings(mesh):
@@ -119,7 +109,6 @@ def arguments():
     add("--batch-size", type=int, help="per device; 128, or 8 with --fake-devices")
     add("--image-size", type=int, default=224)
     add("--learning-rate", type=float, default=0.1, help="per 256 images of a batch")
-    add("--warmup", type=int, default=5000, help="steps, at most a fifth of all")
     add("--blocks", type=int, nargs="+", default=[3, 4, 6, 3])
     add("--width", type=int, default=64)
     add("--norm", choices=("jbn", "flax"), default="jbn")
