@@ -330,8 +330,9 @@ def test_op_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.third_party
-def test_traffic_from_the_command_line(capsys):
-    assert bench.main(["traffic", "--target", "cpu", "--quick"]) == 0
+def test_traffic_from_the_command_line(capsys, tmp_path):
+    assert bench.main(["traffic", "--target", "cpu", "--quick", "--plot", str(tmp_path / "traffic.png")]) == 0
+    assert (tmp_path / "traffic.png").exists()
     out = capsys.readouterr().out
     assert "moved_T" in out
     assert "jbn" in out

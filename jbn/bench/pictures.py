@@ -8,6 +8,7 @@ from typing import Any
 
 from jbn.bench.report import Row
 
+CUT = 3  # longer bars end here, and say how long they would be
 JBN, ROOF = "#c44e52", "#4c72b0"
 
 
@@ -37,7 +38,7 @@ def plot_ratios(path: str | os.PathLike, rows: Sequence[Row], title: str) -> Non
             bars = [(i + index * height, found[group, peer]) for i, group in enumerate(groups) if (group, peer) in found]
             color = JBN if peer.startswith("jbn") else f"{0.45 + 0.4 * index / max(1, len(peers)):.2f}"
             values = [row["ratio_vs_flax"] for _, row in bars]
-            drawn = axes.barh([y for y, _ in bars], values, height * 0.9, color=color, label=peer)
+            drawn = axes.barh([y for y, _ in bars], [min(v, CUT) for v in values], height * 0.9, color=color, label=peer)
             axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
         for i, group in enumerate(groups):
             row = next(row for row in rows if _group(row) == group)
@@ -46,7 +47,7 @@ def plot_ratios(path: str | os.PathLike, rows: Sequence[Row], title: str) -> Non
         axes.axvline(1, color="black", linewidth=1, label="flax.linen")
         axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], groups, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("time / time of flax.linen (less is better)")
+        axes.set_xlabel(f"time / time of flax.linen (less is better; bars end at {CUT})")
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=7, loc="best")
 
