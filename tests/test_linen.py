@@ -160,6 +160,17 @@ def test_complex_statistics_survive_a_large_mean():
     np.testing.assert_allclose(std, 1, rtol=1e-3)
 
 
+def test_complex_masked_padding_is_never_read():
+    x, padding = complex_data(), ~MASKS[0][:, 0, 0, 0]
+    layer = BatchNorm(use_running_average=False)
+    variables = layer.init(KEY, x)
+    apply = lambda x: layer.apply(variables, x, mask=MASKS[0], mutable=["batch_stats"])
+    (y, new), (expected, expected_new) = apply(x.at[padding, 0].set(jnp.nan)), apply(x)
+    same(new, expected_new)
+    np.testing.assert_array_equal(y[~padding], expected[~padding])
+    np.testing.assert_array_equal(y[padding, 0], jnp.zeros_like(y[padding, 0]))
+
+
 def test_complex_takes_no_kernels_nor_virtual_batches():
     for options in ({"implementation": "triton"}, {"virtual_batch_size": 2}):
         layer = BatchNorm(use_running_average=False, **options)
