@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module may import those to its left. `linear` is the primitive beneath autodiff.
 ORDER = (
     *("types", "validate", "stats", "running", "dispatch", "partition", "linear", "autodiff"),
-    *("ghost", "functional", "renorm", "linen", "nnx"),
+    *("ghost", "functional", "renorm", "flax_common", "linen", "nnx"),
 )
 # Each of these stands on the core, and is imported by nobody.
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "bench")
