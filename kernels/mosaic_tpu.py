@@ -223,7 +223,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     assert axis == (x.ndim - 1,)
     blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
     found = _call(_fwd_stats_kernel, (_view(x, blocks),), (_vector(x, blocks),) * 3, blocks, sums=True, interpret=interpret)
-    return _stats(*found, blocks)
+    return _stats(found, blocks)
 
 
 def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool) -> Array:
@@ -287,7 +287,7 @@ def fwd_fused(
     operands = (_view(x, blocks), _view(residual, blocks), _stacked((scale, bias), blocks), jnp.reshape(eps, (1,)))
     results = (_rows(x, blocks, dtype), *(_vector(x, blocks),) * 3)
     y, *found = _call(body, operands, results, blocks, scratch=4, vmem_bytes=vmem_bytes, interpret=interpret)
-    return _unview(y, x, blocks), _stats(*found, blocks)
+    return _unview(y, x, blocks), _stats(found, blocks)
 
 
 def bwd_fused(
@@ -383,9 +383,9 @@ def _stacked(vectors, blocks):
     return jnp.stack(vectors).reshape(blocks.arranged(len(vectors), 1, blocks.channels))
 
 
-def _stats(shift, offset, m2, blocks):
+def _stats(found, blocks):
     # Interpreted, a division that makes shift would move into its users, to be rounded there otherwise than here.
-    shift, offset, m2 = lax.optimization_barrier(tuple(v.reshape(-1) for v in (shift, offset, m2)))
+    shift, offset, m2 = lax.optimization_barrier(tuple(v.reshape(-1) for v in found))
     return Stats(jnp.full_like(shift, blocks.outer * blocks.inner), shift, offset, m2)
 
 

@@ -51,8 +51,11 @@ class RowBlocks(NamedTuple):
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks of channels, of outer and of inner rows."""
-        pairs = (self.channels, self.block_channels), (self.outer, self.block_outer), (self.inner, self.block_inner)
-        return tuple(_up(size, block) for size, block in pairs)
+        return (
+            _up(self.channels, self.block_channels),
+            _up(self.outer, self.block_outer),
+            _up(self.inner, self.block_inner),
+        )
 
     @property
     def ragged(self) -> bool:
