@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import subprocess
 import sys
 import types
 
@@ -157,17 +158,26 @@ def test_device_times_belong_to_rounds():
     assert timing._per_round([], 2, 3) == []
 
 
+_TRACED = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from jbn.bench import peers, timing
+run = peers.jit_as("jbn_traced", lambda x: jnp.sin(x) * 2)
+x = jnp.ones((512, 512))
+run(x).block_until_ready()
+with jax.profiler.trace(sys.argv[1]):
+    for _ in range(3):
+        run(x).block_until_ready()
+(path,) = pathlib.Path(sys.argv[1]).rglob("*.xplane.pb")
+profile = jax.profiler.ProfileData.from_file(str(path))
+found = timing.module_seconds(profile, plane="/host:CPU")["jit_jbn_traced"]
+assert len(found) >= 3 and min(found) > 0, found
+"""
+
+
 def test_a_real_profile_names_our_module(tmp_path):
-    run = peers.jit_as("jbn_traced", lambda x: jnp.sin(x) * 2)
-    x = jnp.ones((512, 512))
-    run(x).block_until_ready()
-    with jax.profiler.trace(str(tmp_path)):
-        for _ in range(3):
-            run(x).block_until_ready()
-    (path,) = tmp_path.rglob("*.xplane.pb")
-    found = timing.module_seconds(jax.profiler.ProfileData.from_file(str(path)), plane="/host:CPU")
-    assert len(found["jit_jbn_traced"]) >= 3
-    assert min(found["jit_jbn_traced"]) > 0
+    # In a process of its own: under pytest, jaxlib 0.12.0.1 aborts while it reads the profile.
+    subprocess.run([sys.executable, "-c", _TRACED, str(tmp_path)], check=True, timeout=120)
 
 
 # --- a planted slowdown ---

@@ -88,14 +88,16 @@ def module_seconds(profile: Any, *, plane: str = "/device:") -> dict[str, list[f
     A TPU notes whole modules; a GPU notes kernels, on the lines of its streams.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    for device in (p for p in profile.planes if p.name.startswith(plane)):
-        lines = list(device.lines)
-        whole = [line for line in lines if line.name == "XLA Modules"]
-        # The other lines of a GPU are derived from its streams and repeat them.
-        streams = [line for line in lines if line.name.startswith("Stream")]
-        for line in whole or streams or lines:
-            for event in line.events:
-                module = event.name.partition("(")[0] if whole else dict(event.stats).get("hlo_module")
+    for device in profile.planes:
+        if not device.name.startswith(plane):
+            continue
+        names = {line.name for line in device.lines}
+        is_whole = "XLA Modules" in names
+        # Of a GPU's lines only the streams: the others repeat them. Of the host's only XLA's threads.
+        wanted = {"XLA Modules"} if is_whole else {name for name in names if name.startswith(("Stream", "tf_XLA"))}
+        for line in device.lines:
+            for event in line.events if line.name in wanted else ():
+                module = event.name.partition("(")[0] if is_whole else dict(event.stats).get("hlo_module")
                 if module is not None:
                     found.setdefault(str(module), []).append((event.start_ns, event.duration_ns / 1e9))
     return {module: [seconds for _, seconds in sorted(events)] for module, events in found.items()}
