@@ -1,6 +1,6 @@
 """The digits network again, with the functional API alone: parameters and states are pytrees, one jax.jit holds a step.
 
-    python examples/functional.py
+python examples/functional.py
 """
 
 import argparse

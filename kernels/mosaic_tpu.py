@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from jbn.kernels import tpu_blocks
 from jbn.kernels.pallas import channels_last, out_like
 from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import ManualAxisType
+
 from jbn.kernels.seam import Stats
 
 

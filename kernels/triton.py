@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType
+
 from jbn.kernels import blocks, pallas
 from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation

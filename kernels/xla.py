@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
 from jbn.kernels.seam import (
     Affine,
     Pull,

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
 from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,

@@ -9,6 +9,7 @@ activations, not in float32.
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
 from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,

@@ -7,6 +7,7 @@ through a LAPACK custom call first (x = QR), which XLA can only run on one devic
 import functools
 
 import jax
+
 from jbn.kernels import triton, xla
 
 IMPLEMENTATION = "triton/interpret"

@@ -7,6 +7,7 @@ import kernel_grid
 import numpy as np
 import oracle
 import pytest
+
 from jbn.kernels import blocks, pallas
 
 SIZES = list(itertools.product((1, 2, 5, 63, 1000, 12544, 100352, 9999991, 10**7), (1, 3, 64, 80, 1000, 2048), (2, 4)))

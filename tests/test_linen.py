@@ -14,7 +14,7 @@ import oracle
 import pytest
 from flax import linen as nn
 from flax import serialization
-from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, same, strict
+from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, options_id, same, strict
 from jax.sharding import PartitionSpec as P
 
 import jbn
@@ -62,7 +62,7 @@ def compare(x, options, factor=64, **call):
 
 @pytest.mark.third_party
 @pytest.mark.parametrize(
-    "options", [*OPTIONS, {"axis": (1, -1)}, {"axis": (-1, 1)}, {"axis": (0, 2)}, {"axis": [3, 3]}], ids=str
+    "options", [*OPTIONS, {"axis": (1, -1)}, {"axis": (-1, 1)}, {"axis": (0, 2)}, {"axis": [3, 3]}], ids=options_id
 )
 def test_options_mean_what_they_mean_in_flax(options):
     compare(data(), options)
@@ -555,7 +555,7 @@ def test_importing_jbn_does_not_import_flax_and_offers_the_modules():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("options", [{"activation": jax.nn.relu}, {"virtual_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"activation": jax.nn.relu}, {"virtual_batch_size": 2}], ids=options_id)
 def test_the_functional_api_gives_the_same_bits(options):
     x = data()
     layer = BatchNorm(use_running_average=False, **options)

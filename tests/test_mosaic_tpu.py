@@ -7,11 +7,11 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-from jbn.kernels import mosaic_tpu, tpu_blocks
-from jbn.kernels.seam import Affine, Pull
 
 import jbn
 from jbn.bench import hlo, targets
+from jbn.kernels import mosaic_tpu, tpu_blocks
+from jbn.kernels.seam import Affine, Pull
 
 INTERPRET = "mosaic_tpu/interpret"
 CASES = [case for case in kernel_grid.parameters() if case.values[0].dtype != "float16"]  # TPUs have no float16

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from flax import nnx
 from flax.nnx.nn import dtypes
-from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, same, strict
+from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, options_id, same, strict
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -64,7 +64,7 @@ def compare(x, options, factor=64, **call):
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=options_id)
 def test_options_mean_what_they_mean_in_flax(options):
     close(*compare(data(), options))
 

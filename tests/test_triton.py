@@ -11,11 +11,11 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import PartitionSpec
-from jbn.kernels import triton
-from jbn.kernels.seam import Affine, Pull
 
 import jbn
 from jbn.bench import hlo, targets
+from jbn.kernels import triton
+from jbn.kernels.seam import Affine, Pull
 
 INTERPRET = "triton/interpret"
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jbn.kernels import xla
-from jbn.kernels.seam import Affine, Pull
 
 import jbn
+from jbn.kernels import xla
+from jbn.kernels.seam import Affine, Pull
 
 SHAPE, AXIS = (6, 3, 4, 5), (1, 3)
 

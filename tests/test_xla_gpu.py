@@ -6,11 +6,11 @@ import kernel_grid
 import numpy as np
 import oracle
 import pytest
-from jbn.kernels import xla_gpu
 
 import jbn
 from jbn import dispatch
 from jbn.bench import hlo, targets
+from jbn.kernels import xla_gpu
 
 # One of each channel count; the rest as the pairwise choice has it. In bfloat16 the sum with a residual is rounded once more
 # than the grid allows for: that has a test of its own.

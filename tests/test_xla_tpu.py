@@ -8,11 +8,11 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jbn.kernels import xla_tpu
-from jbn.kernels.seam import Affine, Pull
 
 import jbn
 from jbn.bench import hlo, targets
+from jbn.kernels import xla_tpu
+from jbn.kernels.seam import Affine, Pull
 
 AXIS = (1,)
 
