@@ -11,8 +11,9 @@ from jax.interpreters import ad, batching, mlir
 
 from jbn.kernels import xla, xla_gpu, xla_tpu
 
-# The kernels: where each runs. None means XLA's own fusions everywhere until a kernel has been measured faster.
-PLATFORMS = {"triton": ("cuda",), "mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",)}
+# The kernels that there are, and where each runs. Measured on a card or chip: none of them yet.  Until one has been measured
+# faster, None means XLA's own fusions everywhere.
+PLATFORMS = {"triton": ("cuda",), "mosaic_tpu": ("tpu",)}
 
 
 def run(name: str, implementation: str | None, arrays: dict[str, Any], static: dict[str, Any]) -> Any:
@@ -51,6 +52,8 @@ def _bind(module, name, static):
 def _kernel(name, implementation, static, arrays):
     """A Pallas kernel; derivatives of second and higher order take the jnp twin."""
     backend, _, interpret = implementation.partition("/")
+    if backend not in PLATFORMS:
+        raise NotImplementedError(f"implementation {implementation!r} is not written yet: use implementation=None")
     module = importlib.import_module(f"jbn.kernels.{backend}")
     x = arrays["x"]
     reason = module.unsupported(x.shape, x.dtype, dict(static)["axis"])

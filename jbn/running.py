@@ -18,7 +18,10 @@ class Decay(NamedTuple):
 
 
 def decay(momentum: float | Array | Decay | None) -> Decay | None:
-    return momentum if momentum is None or isinstance(momentum, Decay) else Decay(momentum, 1 - momentum)
+    if momentum is None or isinstance(momentum, Decay):
+        return momentum
+    momentum = float(momentum) if isinstance(momentum, int) else momentum  # 0 and 0.0 compile once
+    return Decay(momentum, 1 - momentum)
 
 
 def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:

@@ -38,6 +38,9 @@ def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activat
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
     z = pre_activation(x.astype(acc), _wide_map(affine, x.ndim, axis), _cast(residual, acc))
+    if activation is jax.nn.relu and residual is not None:
+        # As a select: XLA would make a maximum, the residual read for it included, again in the backward pass.
+        return jnp.where(z <= 0, 0, z).astype(dtype)
     return (z if activation is None else activation(z)).astype(dtype)
 
 
@@ -75,15 +78,20 @@ def _plain_stats(x, axis):
     mean = _isolate(1, x).astype(acc).sum(reduced) / count
     square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
     var = square - mean * mean
-    shift = settled(mean)
 
-    def centered(x, shift):
+    def near(x):
+        return mean, jnp.zeros_like(mean), var
+
+    def far(x):
+        shift = settled(mean)
         (x1, shift1), (x2, shift2) = _isolate(1, x, shift), _isolate(2, x, shift)
         offset = (x1.astype(acc) - wide(shift1, x.ndim, axis)).sum(reduced) / count
-        return offset, jnp.square(x2.astype(acc) - wide(shift2, x.ndim, axis)).sum(reduced) / count - offset * offset
+        var = jnp.square(x2.astype(acc) - wide(shift2, x.ndim, axis)).sum(reduced) / count - offset * offset
+        return shift, offset, var
 
-    near_zero = jnp.all(mean * mean <= MAX_SQUARED_MEAN * var)
-    offset, var = lax.cond(near_zero, lambda x, shift: (mean - shift, var), centered, x, shift)
+    # The shift differs between the branches, so it leaves them as an array: otherwise XLA would make it again, division and
+    # all, for every element of every pass over x.
+    shift, offset, var = lax.cond(jnp.all(mean * mean <= MAX_SQUARED_MEAN * var), near, far, x)
     return Stats(jnp.full_like(mean, count), shift, offset, jnp.maximum(var, 0) * count)
 
 

@@ -23,10 +23,10 @@ def _inputs(mean, dtype=np.float32):
     return (jnp.asarray(a, dtype) for a in (x + mean, dy, residual))
 
 
-@pytest.mark.parametrize("guess", [0.0, 9.0, 1e4, -3e5, 1e30, np.nan])
+@pytest.mark.parametrize("guess", [0.0, 9.0, 1e4, -3e5, 1e9, 1e30, np.nan])
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1e4])
 def test_statistics_whatever_the_guess(mean, guess):
-    """Near guesses by one pass, others by the exact two: var to 2e-5, the bound behind MAX_SQUARED_MEAN."""
+    """Near guesses by one pass, others by two: var to 2e-5, the bound behind MAX_SQUARED_MEAN."""
     x, _, _ = _inputs(mean)
     stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(x, jnp.full(8, guess, jnp.float32))
     want = oracle.moments(x)
@@ -36,14 +36,11 @@ def test_statistics_whatever_the_guess(mean, guess):
     np.testing.assert_allclose(found, want.mean, atol=2e-6 * np.sqrt(want.m2 / want.count).max())
 
 
-@pytest.mark.parametrize("guess", [0.0, np.nan, 1e30])
-def test_bfloat16_needs_no_second_look(guess):
-    """One pass only, so no conditional; at 100 standard deviations from the guess var is still right to 0.3 %."""
-    x, _, _ = _inputs(100.0, jnp.bfloat16)
-    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))
-    guess = jnp.full(8, guess, jnp.float32)
-    assert "case" not in stats.lower(x, guess).as_text()
-    np.testing.assert_allclose(stats(x, guess).m2, oracle.moments(x).m2, rtol=3e-3)
+@pytest.mark.parametrize("guess", [0.0, 1e4, np.nan, 1e30])
+def test_bfloat16_takes_the_second_look_too(guess):
+    x, _, _ = _inputs(0.0, jnp.bfloat16)
+    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(x, jnp.full(8, guess, jnp.float32))
+    np.testing.assert_allclose(stats.m2, oracle.moments(x).m2, rtol=2e-5)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
