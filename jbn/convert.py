@@ -170,11 +170,12 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = 
         name: of the module in them, such as "resnet/batch_norm_1".
     """
     learned = params.get(name, {})
-    vector = lambda value: None if value is None else to_array(value).reshape(to_array(value).size)
+    vector = lambda value: to_array(value).reshape(-1)
+    scale, bias = (None if learned.get(key) is None else vector(learned[key]) for key in ("scale", "offset"))
     mean, var = (state[f"{name}/~/{which}"] for which in ("mean_ema", "var_ema"))
     count = to_array(mean["counter"]).astype(jnp.int32)
     averages = State(vector(mean["average"]), vector(var["average"]), count)
-    return Params(vector(learned.get("scale")), vector(learned.get("offset"))), averages
+    return Params(scale, bias), averages
 
 
 def to_haiku(

@@ -194,7 +194,7 @@ def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
     return model
 
 
-def _child(module, path):
+def _child(module: Any, path) -> Any:
     for key in path:
         module = module[key] if isinstance(key, int) else getattr(module, key)
     return module

@@ -7,6 +7,7 @@ Reference: Hoffer, Hubara & Soudry 2017, section 4.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Arr
     return _ungrouped(y), BatchStats(count, shift, offset, m2 / jnp.where(count > 0, count, 1))
 
 
-def _grouped(array, groups):
+def _grouped(array, groups) -> Any:
     """[examples, ...] to [groups, size, ...]; an axis of size 1 is broadcast and stays so."""
     if array is None:
         return None

@@ -73,8 +73,8 @@ def load(path: str | Path) -> Any:
     if len(roots) != 1:
         raise ValueError(f"{path} holds {len(roots)} orbax trees, expected one: name the folder of a single step")
     checkpointer = ocp.PyTreeCheckpointer()
-    tree = checkpointer.metadata(roots[0]).item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    metadata: Any = checkpointer.metadata(roots[0]).item_metadata
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
     return checkpointer.restore(roots[0], restore_args=as_numpy)
 
 

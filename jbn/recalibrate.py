@@ -172,7 +172,8 @@ class _Watched:
 
 def _watch_children(model, paths, found):
     """Put a `_Watched` wherever a module holds one of the norms."""
-    for _, parent in list(nnx.iter_modules(model)):
+    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    for parent in modules:
         for key, child in list(nnx.iter_children(parent)):
             if id(child) in paths:
                 watched = _Watched(child, paths[id(child)], found)

@@ -86,8 +86,9 @@ def parameters(params: Params, state: State, x: Array, axis: tuple[int, ...]) ->
     for name, value in named.items():
         if value is None and name in ("scale", "bias"):
             continue
-        if array(value, name).shape != expected:
-            raise ValueError(f"{name} has shape {value.shape}, expected {expected}: the size of x {x.shape} along axis {axis}")
+        shape = array(value, name).shape
+        if shape != expected:
+            raise ValueError(f"{name} has shape {shape}, expected {expected}: the size of x {x.shape} along axis {axis}")
 
 
 def update(momentum: float | Array | None) -> None:

@@ -9,7 +9,7 @@ out; k per-channel vectors are a [k, 1, channels] or [k, channels, 1] array.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -366,7 +366,7 @@ def _view(array, blocks):
     return None if array is None else array.transpose(blocks.order).reshape(blocks.view)
 
 
-def _unview(array, x, blocks):
+def _unview(array, x, blocks) -> Any:
     if array is None:
         return None
     transposed = array.reshape(tuple(x.shape[a] for a in blocks.order))
