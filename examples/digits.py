@@ -95,7 +95,7 @@ def draw(runs, path):
         label = f"{'no' if kind == 'none' else kind} batch norm, learning rate {rate:g}: test accuracy {accuracy:.3f}"
         color, line = "tab:red" if kind == "none" else "tab:blue", "-" if rate == LEARNING_RATE else "--"
         axes.plot(np.convolve(losses, np.ones(window) / window, "valid"), label=label, color=color, linestyle=line)
-    axes.set(xlabel="step", ylabel="training loss (nats, mean of 10 steps)", yscale="log")
+    axes.set(xlabel="step", ylabel="training loss (nats, mean of 10 steps)", yscale="log", ylim=(1e-4, 10))
     axes.set_title("Handwritten digits: batch norm trains faster, and at ten times the learning rate")
     fig.legend(loc="outside lower center", ncols=2, fontsize="small")
     fig.savefig(path, dpi=150)
