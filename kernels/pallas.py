@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import ManualAxisType
 
-from jbn.kernels.seam import Stats
+from jbn.kernels.seam import Stats, settled
 
 
 def out_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -60,7 +60,7 @@ def merge(counts: Array, shift: Array, offset: Array, m2: Array) -> Stats:
     """
     total = counts.sum()
     weight = (counts / total)[:, None]
-    merged = (weight * (shift + offset)).sum(0)
+    merged = settled((weight * (shift + offset)).sum(0))
     delta = (shift - merged[None]) + offset
     rest = (weight * delta).sum(0)
     merged_m2 = (m2 + counts[:, None] * jnp.square(delta)).sum(0) - total * jnp.square(rest)
