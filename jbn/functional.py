@@ -106,28 +106,25 @@ def batch_norm_train(
 
     Reference: Ioffe & Szegedy 2015, algorithm 1.
     """
-    x = validate.array(x, "x")
-    axis = validate.axis(axis, x.ndim)
-    validate.parameters(params, state, x, axis)
-    validate.update(momentum)
-    validate.epsilon(eps)
-    weights = validate.weights(weights, x)
-    validate.mapped_axis(axis_name)
-    validate.batch(x, axis, weights, axis_name, virtual_batch_size)
-    config = Config(
+    x, arguments = checked(
+        x,
+        params,
+        state,
         axis=axis,
-        activation=validate.activation(activation),
-        dtype=validate.output_dtype(dtype, x),
-        implementation=validate.implementation(implementation),
+        momentum=momentum,
+        eps=eps,
+        weights=weights,
+        residual=residual,
+        activation=activation,
         axis_name=axis_name,
-        axis_index_groups=validate.groups(axis_index_groups, axis_name),
+        axis_index_groups=axis_index_groups,
         virtual_batch_size=virtual_batch_size,
         unbiased=unbiased,
         skip_nonfinite=skip_nonfinite,
+        dtype=dtype,
+        implementation=implementation,
     )
-    return train(
-        x, params, state, config=config, momentum=momentum, eps=eps, weights=weights, residual=validate.residual(residual, x)
-    )
+    return train(x, params, state, **arguments)
 
 
 def batch_norm_eval(
@@ -272,6 +269,49 @@ class Config(NamedTuple):
     virtual_batch_size: int | None = None
     unbiased: bool = False
     skip_nonfinite: bool = False
+
+
+def checked(
+    x,
+    params,
+    state,
+    *,
+    axis,
+    momentum,
+    eps,
+    weights,
+    residual,
+    activation,
+    axis_name,
+    axis_index_groups,
+    virtual_batch_size,
+    unbiased,
+    skip_nonfinite,
+    dtype,
+    implementation,
+) -> tuple[Array, dict[str, Any]]:
+    """x and the keyword arguments of `train`, once everything has been found to fit: the checks of all training calls."""
+    x = validate.array(x, "x")
+    axis = validate.axis(axis, x.ndim)
+    validate.parameters(params, state, x, axis)
+    validate.update(momentum)
+    validate.epsilon(eps)
+    weights = validate.weights(weights, x)
+    validate.mapped_axis(axis_name)
+    validate.batch(x, axis, weights, axis_name, virtual_batch_size)
+    config = Config(
+        axis=axis,
+        activation=validate.activation(activation),
+        dtype=validate.output_dtype(dtype, x),
+        implementation=validate.implementation(implementation),
+        axis_name=axis_name,
+        axis_index_groups=validate.groups(axis_index_groups, axis_name),
+        virtual_batch_size=virtual_batch_size,
+        unbiased=unbiased,
+        skip_nonfinite=skip_nonfinite,
+    )
+    residual = validate.residual(residual, x)
+    return x, {"config": config, "momentum": momentum, "eps": eps, "weights": weights, "residual": residual}
 
 
 def train(x, params, state, *, config: Config, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:

@@ -60,38 +60,26 @@ def batch_renorm_train(
 
     Reference: Ioffe 2017, algorithm 1.
     """
-    x = validate.array(x, "x")
-    axis = validate.axis(axis, x.ndim)
-    validate.parameters(params, state, x, axis)
-    validate.update(momentum)
-    validate.epsilon(eps)
     validate.limits(r_max, d_max)
-    weights = validate.weights(weights, x)
-    validate.mapped_axis(axis_name)
-    validate.batch(x, axis, weights, axis_name, None)
-    config = Config(
-        axis=axis,
-        activation=validate.activation(activation),
-        dtype=validate.output_dtype(dtype, x),
-        implementation=validate.implementation(implementation),
-        axis_name=axis_name,
-        axis_index_groups=validate.groups(axis_index_groups, axis_name),
-        unbiased=unbiased,
-        skip_nonfinite=skip_nonfinite,
-    )
-    residual = validate.residual(residual, x)
-    return train(
+    x, arguments = functional.checked(
         x,
         params,
         state,
-        config=config,
-        r_max=r_max,
-        d_max=d_max,
+        axis=axis,
         momentum=momentum,
         eps=eps,
         weights=weights,
         residual=residual,
+        activation=activation,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=None,
+        unbiased=unbiased,
+        skip_nonfinite=skip_nonfinite,
+        dtype=dtype,
+        implementation=implementation,
     )
+    return train(x, params, state, r_max=r_max, d_max=d_max, **arguments)
 
 
 def train(x, params, state, *, config: Config, r_max, d_max, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
