@@ -43,11 +43,6 @@ def unfold(partials: Any, factor: int) -> Any:
     return jax.tree.map(lambda p: p.reshape(p.shape[0] * factor, p.shape[1] // factor), partials)
 
 
-def tile(vectors: Any, factor: int) -> Any:
-    """Per-channel vectors (a pytree) for a folded array: [channels] as [factor * channels]."""
-    return jax.tree.map(lambda v: jnp.tile(v, factor), vectors)
-
-
 def merge(counts: Array, shift: Array, offset: Array, m2: Array) -> Stats:
     """Statistics of the union of parts; the mean of a part is its shift + offset.
 
