@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jbn import partition, stats
+from jbn import dispatch, partition, stats
 from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, read, reduced_axes, through_activation, wide
 from jbn.linear import linear
 
@@ -75,6 +75,30 @@ class _Residuals(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Array) -> tuple[Array, BatchStats]:
     """y and the batch statistics it was normalized by; `guess` is any value near the mean, known before x is."""
+    args = operands, weights, guess
+    apart = functools.partial(_stats_then_apply, spec)
+    kernel = _fused("fwd_fused", spec, operands.x, weights)
+    if kernel is None:
+        return apart(*args)
+    return dispatch.on_one_device(functools.partial(_fused_forward, spec, kernel), apart, *args)
+
+
+def _fused(name, spec, x, weights):
+    """The kernel for both passes, where nothing stands between them."""
+    if weights is not None or spec.axis_name is not None:
+        return None
+    return dispatch.fused(name, spec.implementation, x, spec.axis)
+
+
+def _fused_forward(spec, kernel, operands, weights, guess):
+    found = kernel(*operands, axis=spec.axis, activation=spec.activation, dtype=spec.dtype)
+    if found is None:
+        return None
+    y, (count, shift, offset, m2) = found
+    return y, BatchStats(count, shift, offset, m2 / _divisor(count))
+
+
+def _stats_then_apply(spec, operands, weights, guess):
     local = partition.fwd_stats(spec.implementation, operands.x, guess, weights, axis=spec.axis)
     count, shift, offset, m2 = stats.psum_stats(local, spec.axis_name, spec.axis_index_groups)
     batch = BatchStats(count, shift, offset, m2 / _divisor(count))
@@ -162,7 +186,30 @@ def _tangent(spec, residuals, tangents):
 
 
 def _cotangent(spec, residuals, cotangents, wanted):
-    """Reverse mode, the transpose of `_tangent`, by the kernels: one pass for the sums, one for dx if anybody wants it."""
+    """Reverse mode, the transpose of `_tangent`, by the kernels."""
+    args = residuals, cotangents
+    want_x = wanted[0].x or wanted[0].residual
+    apart = functools.partial(_sums_then_apply, spec, want_x)
+    of_batch = cotangents[1] is not None
+    kernel = _fused("bwd_fused", spec, residuals.x, residuals.weights) if want_x and of_batch else None
+    if kernel is None:
+        return apart(*args)
+    return dispatch.on_one_device(functools.partial(_fused_backward, spec, kernel), apart, *args)
+
+
+def _fused_backward(spec, kernel, residuals, cotangents):
+    x, affine, rstd, _, _, saved = residuals
+    static = {"axis": spec.axis, "activation": spec.activation, "residual_dtype": spec.residual_dtype}
+    found = kernel(x, cotangents[0], affine, rstd=rstd, d_stats=cotangents[1], saved=saved, **static)
+    if found is None:
+        return None
+    dx, dresidual, sum_dz, sum_dz_xc = found
+    _, dvar = _to_given(residuals, sum_dz, sum_dz_xc)
+    return Operands(dx, rstd * sum_dz_xc, sum_dz, dresidual, dvar.sum()), None
+
+
+def _sums_then_apply(spec, want_x, residuals, cotangents):
+    """One pass for the sums, one for dx if anybody wants it."""
     dy, d_batch = cotangents
     affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
     x, unread = read(residuals.x, weights, wide(affine.shift + affine.offset, dy.ndim, spec.axis))
@@ -179,7 +226,7 @@ def _cotangent(spec, residuals, cotangents, wanted):
         pull = Pull(2 * (through_var + total(d_batch[1])) / divisor, (through_mean + total(d_batch[0])) / divisor)
         d_given = None
     dx = dresidual = None
-    if wanted[0].x or wanted[0].residual:
+    if want_x:
         dx, dresidual = partition.bwd_apply(
             spec.implementation, x, dy, affine, pull=pull, residual_dtype=spec.residual_dtype, **common
         )

@@ -2,18 +2,22 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 from jbn.kernels import xla, xla_gpu, xla_tpu
+from jbn.kernels.seam import Device
 
 # The kernels that there are, and where each runs. Measured on a card or chip: none of them yet.  Until one has been measured
 # faster, None means XLA's own fusions everywhere.
-PLATFORMS = {"triton": ("cuda",), "mosaic_tpu": ("tpu",)}
+PLATFORMS = {"triton": ("cuda",), "mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",)}
 
 
 def run(name: str, implementation: str | None, arrays: dict[str, Any], static: dict[str, Any]) -> Any:
@@ -38,6 +42,72 @@ def on_xla(implementation: str | None, weights: Any) -> bool:
     return implementation in (None, "xla") or weights is not None
 
 
+def fused(name: str, implementation: str | None, x: jax.Array, axis: tuple[int, ...]) -> Callable | None:
+    """The kernel that keeps x on chip between the two passes of forward or backward, or None: for `on_one_device`.
+
+    Args:
+        name: "fwd_fused" or "bwd_fused" of the seam; the kernel itself returns None where x is too large.
+    """
+    backend, _, interpret = (implementation or "xla").partition("/")
+    if backend not in PLATFORMS or any(kind != AxisType.Auto for kind in jax.typeof(x).sharding.mesh.axis_types):
+        return None
+    module, device = importlib.import_module(f"jbn.kernels.{backend}"), _device()
+    kernel = getattr(module, name, None)
+    if kernel is None or device is None or module.unsupported(x.shape, x.dtype, axis) is not None:
+        return None
+
+    def run(x, *args, **static):
+        x = x if interpret else _only_on.bind(x, platforms=PLATFORMS[backend], implementation=implementation)
+        return kernel(x, *args, **static, device=device, interpret=bool(interpret))
+
+    return run
+
+
+def _device():
+    """What the program is meant for, or else runs on; None for a plain CPU."""
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    if meant is not None:
+        return Device(meant.device_kind, meant.num_cores or 1)
+    here = jax.local_devices()[0]
+    return None if here.platform == "cpu" else Device(here.device_kind, getattr(here, "core_count", 1))
+
+
+def on_one_device(fused: Callable, otherwise: Callable, *args: Any) -> Any:
+    """fused(*args) in a program lowered for one device; elsewhere, and where that is None or mapped, otherwise(*args)."""
+    leaves, tree = jax.tree.flatten(args)
+    if jax.eval_shape(fused, *args) is None:
+        return otherwise(*args)
+    flat = lambda fn: jax.make_jaxpr(lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))))(*leaves)
+    out_tree = jax.tree.structure(jax.eval_shape(otherwise, *args))
+    return jax.tree.unflatten(out_tree, _on_one_device.bind(*leaves, fused=flat(fused), otherwise=flat(otherwise)))
+
+
+_on_one_device = Primitive("jbn_on_one_device")
+_on_one_device.multiple_results = True
+_on_one_device.def_impl(lambda *leaves, **both: jax.jit(functools.partial(_on_one_device.bind, **both))(*leaves))
+_on_one_device.def_abstract_eval(lambda *_, fused, otherwise: otherwise.out_avals)
+
+
+def _batch_on_one_device(leaves, dims, *, fused, otherwise):
+    out = jax.vmap(jaxpr_as_fun(otherwise), dims, 0)(*leaves)
+    return out, [0] * len(out)
+
+
+def _jvp_on_one_device(primals, tangents, *, fused, otherwise):
+    tangents = [jnp.zeros_like(p) if type(t) is ad.Zero else t for p, t in zip(primals, tangents, strict=True)]
+    return jax.jvp(jaxpr_as_fun(otherwise), primals, tangents)
+
+
+def _lower_on_one_device(context, *leaves, fused, otherwise):
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    return mlir.lower_fun(jaxpr_as_fun(fused if alone else otherwise), multiple_results=True)(context, *leaves)
+
+
+batching.primitive_batchers[_on_one_device] = _batch_on_one_device
+ad.primitive_jvps[_on_one_device] = _jvp_on_one_device
+mlir.register_lowering(_on_one_device, _lower_on_one_device)
+
+
 def _xla(name, arrays, static):
     """The placement of barriers and casts that suits the platform, decided at lowering."""
     placed = {place: _bind(module, name, static) for place, module in (("cuda", xla_gpu), ("tpu", xla_tpu))}
@@ -52,8 +122,6 @@ def _bind(module, name, static):
 def _kernel(name, implementation, static, arrays):
     """A Pallas kernel; derivatives of second and higher order take the jnp twin."""
     backend, _, interpret = implementation.partition("/")
-    if backend not in PLATFORMS:
-        raise NotImplementedError(f"implementation {implementation!r} is not written yet: use implementation=None")
     module = importlib.import_module(f"jbn.kernels.{backend}")
     x = arrays["x"]
     reason = module.unsupported(x.shape, x.dtype, dict(static)["axis"])
@@ -84,6 +152,11 @@ def _lower_only_on(context, x, *, platforms, implementation):
             f"implementation {implementation!r} runs on {' and '.join(platforms)}, not on {', '.join(here)}: "
             f"use implementation=None, or {implementation + '/interpret'!r} to check numbers anywhere"
         )
+    if implementation == "mosaic_gpu":
+        device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+        reason = importlib.import_module("jbn.kernels.mosaic_gpu").unsupported_device(device.device_kind)
+        if reason is not None:
+            raise NotImplementedError(f"implementation {implementation!r} {reason}")
     return [x]
 
 

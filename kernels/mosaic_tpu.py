@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jbn.kernels import tpu_blocks
 from jbn.kernels.pallas import channels_last, out_like
-from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation
+from jbn.kernels.seam import Affine, Device, Pull, Stats, pre_activation, through_activation
 from jbn.kernels.tpu_blocks import RowBlocks
 
 
@@ -278,10 +278,21 @@ def bwd_apply(
 
 
 def fwd_fused(
-    x: Array, scale: Array, bias: Array, residual: Array | None, *, eps, activation, dtype, vmem_bytes: int, interpret: bool
+    x: Array,
+    scale: Array,
+    bias: Array,
+    residual: Array | None,
+    eps: Array,
+    *,
+    axis,
+    activation,
+    dtype,
+    device: Device,
+    interpret: bool,
 ) -> tuple[Array, Stats] | None:
     """y and the statistics by one read of x and one write of y, or None where 128 channels do not fit VMEM."""
-    arrays = 2 if residual is None else 3
+    assert axis == (x.ndim - 1,)
+    arrays, vmem_bytes = 2 if residual is None else 3, tpu_blocks.VMEM_BYTES.get(device.kind, 0)
     blocks = tpu_blocks.resident(x.shape, _itemsize(x, residual, dtype), arrays, vmem_bytes)
     if blocks is None:
         return None
@@ -300,15 +311,18 @@ def bwd_fused(
     rstd: Array,
     d_stats: tuple[Array, Array],
     saved: Array | None,
+    axis,
     activation,
     residual_dtype,
-    vmem_bytes: int,
+    device: Device,
     interpret: bool,
 ) -> tuple[Array, Array | None, Array, Array] | None:
     """(dx, dresidual, sum dz, sum dz * (x - mean)) by one read of x and dy, or None where 128 channels do not fit VMEM.
 
     d_stats: the cotangents of the batch's mean and biased variance.
     """
+    assert axis == (x.ndim - 1,)
+    vmem_bytes = tpu_blocks.VMEM_BYTES.get(device.kind, 0)
     arrays = 3 + (saved is not None) + (residual_dtype is not None)
     blocks = tpu_blocks.resident(x.shape, _itemsize(x, dy, saved, residual_dtype), arrays, vmem_bytes)
     if blocks is None:

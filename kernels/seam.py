@@ -7,6 +7,13 @@ An implementation is a module with four functions of the same names and signatur
     bwd_stats(x, dy, affine, *, saved, weights, axis, activation) -> (sum dz, sum dz * (x - mean))
     bwd_apply(x, dy, affine, *, pull, saved, weights, axis, activation, residual_dtype) -> (dx, dresidual)
 
+One that keeps x on chip between the two passes over it has two more, and `device` says where it will run. They return None
+where x does not fit:
+
+    fwd_fused(x, scale, bias, residual, eps, *, axis, activation, dtype, device) -> (y, Stats)
+    bwd_fused(x, dy, affine, *, rstd, d_stats, saved, axis, activation, residual_dtype, device)
+        -> (dx, dresidual, sum dz, sum dz * (x - mean)); d_stats: the cotangents of the batch's mean and biased variance
+
 x has any rank; `axis` is the ascending tuple of its feature axes, everything else is reduced.  A per-channel vector has the
 shape of the feature axes and the dtype of `accumulator(x)`.  z is the value before the activation and dz its cotangent.
 """
@@ -21,6 +28,13 @@ from jax import Array, lax
 # Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps anyway) stands in for z.
 SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
 FUSED = (*SIGN_PRESERVING, jax.nn.silu, jax.nn.gelu)
+
+
+class Device(NamedTuple):
+    """What a kernel needs to know of the device it will run on."""
+
+    kind: str  # as JAX names it: "NVIDIA H200", "TPU v5 lite"
+    cores: int  # streaming multiprocessors of a GPU
 
 
 class Stats(NamedTuple):

@@ -15,8 +15,12 @@ MIB = 2**20
 STREAM_BYTES = MIB
 # Elements handled at once: 32 of the 64 registers, which leaves as many for what is computed from them. Not measured yet.
 CHUNK_SIZE = 32 * SUBLANES * LANES
-# VMEM of one core (jax.experimental.pallas.tpu.get_tpu_info) less a sixteenth for what Mosaic itself needs.
-VMEM_BYTES = {"v4": 15 * MIB, "v5e": 120 * MIB, "v5p": 60 * MIB, "v6e": 120 * MIB}
+# VMEM of one core by `device_kind` (jax.experimental.pallas.tpu.get_tpu_info), less a sixteenth for what Mosaic itself needs.
+VMEM_BYTES = {
+    **dict.fromkeys(("TPU v5e", "TPU v5 lite", "TPU v6e", "TPU v6 lite"), 120 * MIB),
+    **dict.fromkeys(("TPU v5p", "TPU v5"), 60 * MIB),
+    "TPU v4": 15 * MIB,
+}
 
 
 class RowBlocks(NamedTuple):

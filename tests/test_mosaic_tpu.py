@@ -6,16 +6,15 @@ import kernel_grid
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import jbn
 from jbn.bench import hlo, targets
 from jbn.kernels import mosaic_tpu, tpu_blocks
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, Device, Pull
 
 INTERPRET = "mosaic_tpu/interpret"
 CASES = [case for case in kernel_grid.parameters() if case.values[0].dtype != "float16"]  # TPUs have no float16
-CHIPS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+CHIPS = ("v5e", "v5p", "v6e")
 # Larger than the VMEM of any chip, in each way that XLA lays an array out and with rows that fill no block.
 LARGE = [
     ((128, 28, 28, 1024), "bfloat16"),  # batch beside channels
@@ -95,10 +94,10 @@ def test_fused_equal_oracle(shape, activation, with_residual):
     scale, bias, dmean, dvar = generator.uniform(0.5, 1.5, (4, shape[-1])).astype(np.float32)
     residual = residual if with_residual else None
     act = None if activation is None else getattr(jax.nn, activation)
-    known = {"vmem_bytes": tpu_blocks.VMEM_BYTES["v5e"], "interpret": True, "activation": act}
+    known = {"axis": (len(shape) - 1,), "device": Device("TPU v5e", 1), "interpret": True, "activation": act}
     given = None if residual is None else jnp.asarray(residual)
     fused = mosaic_tpu.fwd_fused(
-        jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), given, eps=jnp.float32(1e-5), dtype=jnp.float32, **known
+        jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), given, jnp.float32(1e-5), dtype=jnp.float32, **known
     )
     assert fused is not None
     y, stats = fused
@@ -156,16 +155,9 @@ def _grid_and_block(blocks):
     return blocks.grid, (blocks.block_channels, blocks.block_outer, blocks.block_inner), sizes
 
 
-def _compile(chip, fn, *args):
-    """compile_for, with the chip's name where Mosaic looks for it."""
-    device = AbstractDevice(CHIPS[chip], 1, "tpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
-        return targets.compile_for(chip, fn, *args)
-
-
 def _passes(chip, fn, x, *args):
     """Bytes that the compiled function moves, in units of x, and the names of its kernels."""
-    run = hlo.operations(_compile(chip, fn, x, *args).as_text())
+    run = hlo.operations(targets.compile_for(chip, fn, x, *args).as_text())
     names = {op.name.split(".")[0] for op in run if op.opcode == "custom-call"}
     return hlo.moved(run) / (x.size * x.dtype.itemsize), names - {"custom-call"}  # which is XLA's own, for buffers
 
@@ -204,24 +196,27 @@ def test_compiled_passes(shape, dtype, chip):
 @pytest.mark.parametrize(("shape", "dtype"), RESIDENT, ids=str)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_compiled_fused_passes(shape, dtype, chip):
-    """Forward 2 passes where two arrays fit VMEM, backward 3 where three do."""
+    """Forward 2 passes where two arrays fit VMEM, forward and backward 5 where three do, through the public call."""
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    known = {"vmem_bytes": tpu_blocks.VMEM_BYTES[chip], "interpret": False, "activation": jax.nn.relu}
+    state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
 
-    def forward(x, scale, bias):
-        return mosaic_tpu.fwd_fused(x, scale, bias, None, eps=jnp.float32(1e-5), dtype=x.dtype, **known)
+    def forward(x, params, state):
+        return jbn.batch_norm_train(x, params, state, activation=jax.nn.relu, implementation="mosaic_tpu")
 
-    def backward(x, dy, affine, rstd):
-        return mosaic_tpu.bwd_fused(x, dy, affine, rstd=rstd, d_stats=(rstd, rstd), saved=None, residual_dtype=None, **known)
+    def both(x, params, state, dy):
+        y, pull, new = jax.vjp(lambda x, params: forward(x, params, state), x, params, has_aux=True)
+        return y, new, pull(dy)
 
-    passes, kernels = _passes(chip, forward, x, vector, vector)
+    params = jbn.Params(vector, vector)
+    passes, kernels = _passes(chip, forward, x, params, state)
     assert kernels == {"fwd_fused"}
     assert passes <= 2.02
-    if tpu_blocks.resident(shape, x.dtype.itemsize, 3, known["vmem_bytes"]) is None:
-        return
-    passes, kernels = _passes(chip, backward, x, x, Affine(*[vector] * 4), vector)
-    assert kernels == {"bwd_fused"}
-    assert passes <= 3.02
+    passes, kernels = _passes(chip, both, x, params, state, x)
+    if tpu_blocks.resident(shape, x.dtype.itemsize, 3, tpu_blocks.VMEM_BYTES[f"TPU {chip}"]) is None:
+        assert kernels == {"fwd_fused", "bwd_stats", "bwd_apply"}
+    else:
+        assert kernels == {"fwd_fused", "bwd_fused"}
+        assert passes <= 5.04
 
 
 @pytest.mark.aot("libtpu")
@@ -229,7 +224,14 @@ def test_compiled_fused_passes(shape, dtype, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_activation_compiles(chip, activation):
     act = None if activation is None else getattr(jax.nn, activation)
-    for shape, dtype in (((64, 7, 7, 96), jnp.bfloat16), ((1000, 1000), jnp.float32), ((63, 3), jnp.float32)):
+    apart, in_one = {"fwd_stats", "fwd_apply", "bwd_stats", "bwd_apply"}, {"fwd_fused", "bwd_fused"}
+    for shape, dtype, expected in (
+        ((128, 112, 112, 96), jnp.bfloat16, apart),
+        ((400003, 130), jnp.float32, apart),
+        ((64, 7, 7, 96), jnp.bfloat16, in_one),
+        ((1000, 1000), jnp.float32, in_one),
+        ((63, 3), jnp.float32, in_one),
+    ):
         x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
 
         def step(x, residual, scale, bias, dy):
@@ -241,4 +243,4 @@ def test_every_activation_compiles(chip, activation):
             return y, pull(dy)
 
         kernels = _passes(chip, step, x, x, vector, vector, x)[1]
-        assert kernels == {"fwd_stats", "fwd_apply", "bwd_stats", "bwd_apply"}
+        assert kernels == expected

@@ -8,11 +8,12 @@ from importlib import resources
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding, use_abstract_mesh
 
 # Each has a description of the device in targets/, as XLA's autotuner prints it.
-_GPUS = {"h200": AbstractDevice("NVIDIA H200", 132, "cuda"), "a100": AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "cuda")}
+_GPUS = ("h200", "a100")
 # The smallest topology that the TPU compiler knows of each.
 _TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = ("cpu", *_GPUS, *_TPUS)
@@ -34,11 +35,10 @@ def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> ja
     """
     device = devices(target)[0]
     args = jax.tree.map(lambda leaf: _placed(leaf, device), args)
-    if target not in _GPUS:
-        return jax.jit(fn, **jit_options).lower(*args).compile()
-    # Mosaic GPU asks the mesh for the device's kind while it lowers.
-    mesh = AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=_GPUS[target])
-    with use_abstract_mesh(mesh):
+    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(args) if isinstance(leaf.sharding, NamedSharding)]
+    mesh = meshes[0] if meshes else Mesh(np.array([device]), ("device",))
+    # Pallas asks the mesh for the kind of device while it lowers.
+    with use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(fn, **jit_options).lower(*args).compile()
 
 
