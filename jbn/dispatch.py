@@ -94,7 +94,7 @@ def _batch_on_one_device(leaves, dims, *, fused, otherwise):
 
 
 def _jvp_on_one_device(primals, tangents, *, fused, otherwise):
-    tangents = [jnp.zeros_like(p) if type(t) is ad.Zero else t for p, t in zip(primals, tangents, strict=True)]
+    tangents = tuple(jnp.zeros_like(p) if type(t) is ad.Zero else t for p, t in zip(primals, tangents, strict=True))
     return jax.jvp(jaxpr_as_fun(otherwise), primals, tangents)
 
 
