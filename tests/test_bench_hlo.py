@@ -143,6 +143,28 @@ def test_both_spellings_of_a_conditional_and_a_bare_loop():
         hlo.operations(texts["loop"].replace("direction=LT", "direction=NE"))
 
 
+def test_branches_that_work_on_chip_are_told_apart_by_cycles():
+    """A look at what is kept on chip moves no bytes, but it is not the cheap branch."""
+    kept = "f32[64,128]{1,0:T(8,128)S(1)}"
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+    before = f"""%far (a: f32[64,128]) -> f32[8] {{
+  %a = {kept} parameter(0)
+  ROOT %r = f32[8]{{0:T(128)S(1)}} fusion(%a), calls=%f, {cycles % 123}
+}}
+
+%near (b: f32[64,128]) -> f32[8] {{
+  %b = {kept} parameter(0)
+  ROOT %r = f32[8]{{0:T(128)}} fusion(%b), calls=%f, {cycles % 5}
+}}
+"""
+    line = f"""  %x = {kept} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %y = f32[8]{{0:T(128)}} conditional(%i, %x, %x), branch_computations={{%far, %near}}"""
+    text = _entry(line, before=before)
+    assert hlo.estimated_cycles(hlo.operations(text, branch=hlo.cheapest)) == 5
+    assert hlo.estimated_cycles(hlo.operations(text, branch=hlo.costliest)) == 123
+
+
 def test_bytes_of_types():
     assert hlo.nbytes("(bf16[3,5]{1,0}, pred[7]{0}, s4[3]{0}, f8e4m3fn[9])") == 30 + 7 + 2 + 9
     assert hlo.nbytes("f32[]") == 4

@@ -90,17 +90,18 @@ def _traffic_of_layers(target, options):
     choice = {"operations": ("bn_relu",), "modes": ("forward_backward",)} if options.quick else {}
     found = traffic.layer_rows(target, **choice)
     rows = [row for row in report.progress(found, 2 if options.quick else 12) if _matches(options.filter, row)]
-    print(f"target {target}: one layer, in units of T = the bytes of x; a conditional counts its dearest branch")
-    print("(under usual_T its cheapest); bound_T: every pass over memory; saved_T: kept for the backward pass")
-    print(report.table(rows, _LAYER_COLUMNS) + "\n")
+    print(f"target {target}: one layer, in units of T = the bytes of x; moved_T counts the dearest branch of a conditional,")
+    print("the rest the cheapest; bound_T: every pass over memory; saved_T: kept for the backward pass")
+    print(report.table(rows, _LAYER_COLUMNS) + "\n", flush=True)
     return rows
 
 
 def _traffic_of_model(target, options):
     found = traffic.model_rows(target, batch=options.batch, side=options.side)
     rows = [row for row in report.progress(found, 2) if _matches(options.filter, row)]
-    print(f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products")
-    print(report.table(rows, _STEP_COLUMNS) + "\n")
+    print(f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products; a conditional")
+    print("counts its cheapest branch: on TPU jbn looks at x a second time only where the running mean is far from the mean")
+    print(report.table(rows, _STEP_COLUMNS) + "\n", flush=True)
     return rows
 
 
