@@ -6,7 +6,6 @@ python examples/tpu_resnet.py --compile-only v5e:4x4                            
 """
 
 import argparse
-import functools
 import hashlib
 import pathlib
 
@@ -14,11 +13,11 @@ import image_data
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from resnet import count_correct, setup, train_step
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from resnet import setup
 from tqdm import tqdm
 
-from jbn.bench import hlo, targets
+from jbn.bench import hlo, targets, traffic
 
 
 def main():
@@ -32,17 +31,15 @@ def main():
         compile_only(args)
         return
     data, test_data = image_data.load(args.data, args.image_size)
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     batch_size = args.batch_size * jax.device_count()
     per_epoch = len(data.labels) // batch_size
     if per_epoch == 0:
         raise SystemExit(f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size")
     total = args.steps or args.epochs * per_epoch
-    model, optimizer, init = setup(args, int(data.labels.max()) + 1, batch_size, total)
-    replicated, split = shardings(mesh)
+    init, step, correct = setup(args, int(data.labels.max()) + 1, batch_size, total)
+    replicated, split = shardings(jax.devices())
     state = jax.jit(init, out_shardings=replicated)(jax.random.key(args.seed))
-    step = jax.jit(functools.partial(train_step, model, optimizer), donate_argnums=0)
-    correct = jax.jit(functools.partial(count_correct, model))
+    step, correct = jax.jit(step, donate_argnums=0), jax.jit(correct)
     put = lambda batch: {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
 
     manager = args.checkpoints and ocp.CheckpointManager(pathlib.Path(args.checkpoints).absolute())
@@ -52,17 +49,15 @@ def main():
     print(f"{jax.device_count()} devices, {batch_size} images per step, from step {first} to {total}")
     bar = tqdm(total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True)
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
-        skip = max(first - epoch * per_epoch, 0)
-        for i, batch in enumerate(image_data.batches(data, batch_size, seed=args.seed, epoch=epoch, skip=skip), skip + 1):
+        start = max(first, epoch * per_epoch)
+        batches = image_data.batches(data, batch_size, seed=args.seed, epoch=epoch, skip=start - epoch * per_epoch)
+        for done, batch in zip(range(start + 1, total + 1), batches, strict=False):
             state, loss = step(state, put(batch))
-            done = epoch * per_epoch + i
             bar.update(batch_size)
             if done % args.log_every == 0 or done == total:
                 bar.write(f"step {done}: loss {loss:.4f}")
             if manager and (done % args.save_every == 0 or done == total):
                 manager.save(done, args=ocp.args.StandardSave(state))
-            if done == total:
-                break
         tests = image_data.batches(test_data, batch_size, seed=None)
         right = sum(int(correct(state, put(batch))) for batch in tests)
         bar.write(f"epoch {epoch + 1}: test accuracy {right / len(test_data.labels):.4f}")
@@ -72,28 +67,28 @@ def main():
     bar.write(f"state after step {int(state['step'])}: sha256 {digest.hexdigest()}")
 
 
-def shardings(mesh):
+def shardings(devices):
+    """On each of the devices the whole of an array, and a part of its first axis."""
+    mesh = Mesh(np.array(devices), ("batch",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
 
 
 def compile_only(args):
     """Compile the training step for a TPU topology and print what its compiler says."""
     devices = targets.devices(args.compile_only)
-    replicated, split = shardings(Mesh(np.array(devices), ("batch",)))
+    replicated, split = shardings(devices)
     batch_size = args.batch_size * len(devices)
-    model, optimizer, init = setup(args, 1000, batch_size, 100_000)
+    init, step, _ = setup(args, 1000, batch_size, 100_000)
     place = lambda sharding: lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     state = jax.tree.map(place(replicated), jax.eval_shape(init, jax.random.key(0)))
     image = jax.ShapeDtypeStruct((batch_size, args.image_size, args.image_size, 3), np.float32, sharding=split)
     label = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=split)
-    step = functools.partial(train_step, model, optimizer)
     compiled = targets.compile_for(args.compile_only, step, state, {"image": image, "label": label}, donate_argnums=0)
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    found, memory = traffic.summary(compiled), compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    run = hlo.operations(text, branch=hlo.cheapest)  # of conditionals, what runs once the running mean is near
     print(f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step")
-    print(f"{hlo.moved(run) / 1e9:.2f} GB moved, {hlo.estimated_cycles(run) / 1e6:.2f} M estimated cycles, collectives:")
-    for (kind, result), times in sorted(hlo.collectives(text).items()):
+    print(f"{found['moved'] / 1e9:.2f} GB moved, {found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:")
+    for (kind, result), times in sorted(hlo.collectives(compiled.as_text()).items()):
         print(f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}")
 
 

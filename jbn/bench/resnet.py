@@ -43,23 +43,25 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [batch, height, width, 3] to float32 logits [batch, 1000]."""
+    """Images [batch, height, width, 3] to float32 logits [batch, classes]; norm: one of `norms`."""
 
     norm: Callable
+    classes: int = CLASSES
     blocks: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
     dtype: Any = jnp.bfloat16
 
     @nn.compact
     def __call__(self, images, *, train: bool):
         norm = functools.partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        x = conv(64, (7, 7), strides=2, padding=3)(images.astype(self.dtype))
+        x = conv(self.width, (7, 7), strides=2, padding=3)(images.astype(self.dtype))
         x = nn.max_pool(norm(activation=nn.relu)(x), (3, 3), strides=(2, 2), padding="SAME")
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(64 * 2**stage, stride, conv, norm)(x)
-        return nn.Dense(CLASSES, dtype=jnp.float32)(x.mean((1, 2)).astype(jnp.float32))
+                x = Bottleneck(self.width * 2**stage, stride, conv, norm)(x)
+        return nn.Dense(self.classes, dtype=jnp.float32)(x.mean((1, 2)).astype(jnp.float32))
 
 
 def norms() -> dict[str, Callable]:
