@@ -29,13 +29,15 @@ from jbn.kernels.xla import MAX_SQUARED_MEAN
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
     """Count, mean and m2 of each channel in one pass about `shift`, or in two where `shift` is far from the mean.
 
-    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  The second look costs a ResNet-50 step on v5e
-    0.7 % of its cycles even where it is not taken (105.5 M with it, 104.9 M without, flax 105.2 M; compiled, not run).
+    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  Where the second look is not taken it still
+    costs two small kernels, and x a place on the chip: a ResNet-50 step on v5e has 105.3 M estimated cycles with it, 104.9 M
+    without, 105.2 M with flax (four v5e: 106.1 M, flax 106.8 M; four v6e: 55.8 M, flax 55.9 M; compiled, not run).
     """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
     count = x.size // shift.size
     # The guess may be anything. NaN, or so large that shift + total / count would be rough, it is worth no more than zero.
+    # Inside the branch it would take a pass more there, and the compiler then keeps x on the chip at the cost of y: 105.5 M.
     shift = jnp.where(jnp.abs(shift) < 1e6, shift, 0)
     total, squares = _sums_about(x, shift, axis)
 
