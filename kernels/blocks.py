@@ -26,6 +26,16 @@ UNROLL = 4
 # Tiles per program of an elementwise pass, all loaded before the first is used. Not measured yet.
 MAPPED_TILES = 4
 
+# Of the Mosaic kernels.  Tiles on their way from and to memory, of each array. Not measured yet.
+RING_STEPS = 4
+# Shared memory that they take, at most, where a tile is not larger than registers already: two programs of up to 96 KB fit the
+# 227 KB of a multiprocessor, and together have more in flight than the latency of HBM asks for (40 KB). Not measured yet.
+RING_BYTES = 96 * 1024
+RINGS_PER_SM = 2
+# Tiles per program of a reduction: with fewer, partial results would be more than 5 % of the traffic. Not measured yet.
+MIN_REDUCED_TILES = 4
+MAX_TMA_BOX = 256  # elements along one axis
+
 
 class Tiles(NamedTuple):
     """How programs share a [rows, width] array: each walks down num_tiles tiles of [block_rows, block_cols]."""
@@ -58,6 +68,44 @@ class Tiles(NamedTuple):
         return self.width % self.block_cols != 0
 
 
+class Ring(NamedTuple):
+    """How programs share [rows, width] arrays: each walks down num_tiles tiles, of which `steps` are in flight."""
+
+    rows: int
+    width: int
+    block_rows: int
+    block_cols: int
+    register_rows: int  # divides block_rows: what four warps hold at once
+    vector: int  # columns of a lane
+    num_tiles: int
+    steps: int
+
+    @property
+    def slots(self) -> tuple[int, int, int]:
+        """Shape of what is in flight of one array."""
+        return self.steps, self.block_rows, self.block_cols
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.block_rows * self.num_tiles
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.row_tiles // self.num_tiles)
+
+    @property
+    def num_columns(self) -> int:
+        return -(-self.width // self.block_cols)
+
+    @property
+    def ragged_rows(self) -> bool:
+        return self.rows % self.block_rows != 0
+
+
 def lanes(itemsize: int) -> int:
     """Columns of a tile; arrays whose width is no multiple of it are folded first (`pallas.fold_factor`)."""
     return TILE_BYTES // itemsize
@@ -77,6 +125,19 @@ def mapped(rows: int, width: int, itemsize: int) -> Tiles:
     block_rows, block_cols = _tile(rows, width, itemsize)
     num_tiles = math.gcd(-(-rows // block_rows), MAPPED_TILES)
     return Tiles(rows, width, block_rows, block_cols, num_tiles, num_tiles)
+
+
+def ring(rows: int, width: int, itemsizes: tuple[int, ...], *, least_tiles: int = 1, num_sms: int = NUM_SMS) -> Ring:
+    """For the Mosaic kernels: as many programs as run at once. itemsizes: of each array that passes through, x first."""
+    vector = VECTOR_BYTES // itemsizes[0]
+    block_cols = min(WARP * vector, _power_of_two(width))
+    register_rows = NUM_WARPS * WARP * vector // block_cols
+    fitting = RING_BYTES // (RING_STEPS * block_cols * sum(itemsizes))
+    block_rows = max(register_rows, min(MAX_TMA_BOX, _power_of_two(fitting + 1) // 2, _power_of_two(rows)))
+    row_tiles, num_columns = -(-rows // block_rows), -(-width // block_cols)
+    num_chunks = max(1, num_sms * RINGS_PER_SM // num_columns)
+    num_tiles = min(max(least_tiles, -(-row_tiles // num_chunks)), row_tiles)
+    return Ring(rows, width, block_rows, block_cols, register_rows, vector, num_tiles, min(RING_STEPS, num_tiles))
 
 
 def _tile(rows, width, itemsize):

@@ -28,6 +28,15 @@ SWEEPS = {
             "MAX_REDUCED_TILES": (16, 32, 128),
         },
     ),
+    "mosaic_gpu": (
+        "jbn.kernels.blocks",
+        {
+            "RING_STEPS": (2, 3, 6),
+            "RING_BYTES": (2**15, 2**16, 3 * 2**16),
+            "RINGS_PER_SM": (1, 3, 4),
+            "MIN_REDUCED_TILES": (1, 2, 8),
+        },
+    ),
 }
 
 
