@@ -30,8 +30,8 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     """Count, mean and m2 of each channel in one pass about `shift`, or in two where `shift` is far from the mean.
 
     E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  Where the second look is not taken it still
-    costs two small kernels, and x a place on the chip: a ResNet-50 step on v5e has 105.3 M estimated cycles with it, 104.9 M
-    without, 105.2 M with flax (four v5e: 106.1 M, flax 106.8 M; four v6e: 55.8 M, flax 55.9 M; compiled, not run).
+    costs two small kernels, and x a place on the chip.  Million estimated cycles of a ResNet-50 step, flax's in brackets:
+    v5e 105.3 (105.2; without the second look 104.9), four of them 106.1 (106.8); v6e 55.7 (55.5), four of them 55.8 (55.9).
     """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
