@@ -34,6 +34,15 @@ RING_BYTES = 96 * 1024
 RINGS_PER_SM = 2
 # Tiles per program of a reduction: with fewer, partial results would be more than 5 % of the traffic. Not measured yet.
 MIN_REDUCED_TILES = 4
+# Multiprocessors that a kernel with a barrier across its grid leaves to others: all its programs must run at once, and another
+# kernel (a collective of NCCL, say) may hold some. Not measured yet.
+SM_MARGIN = 4
+# Shared memory of one program that has a multiprocessor to itself: 227 KB less 24 KB for sums across warps and vectors.
+SLAB_BYTES = 203 * 1024
+# What a backward pass may read twice and find in the second-level cache: 50 MB of an H100 or H200, all of it. Not measured yet.
+CACHE_BYTES = 50 * 2**20
+# Channels: multiples of 16 bytes in every dtype. TMA copies want that of the distance between rows.
+ALIGNED = 8
 MAX_TMA_BOX = 256  # elements along one axis
 
 
@@ -138,6 +147,46 @@ def ring(rows: int, width: int, itemsizes: tuple[int, ...], *, least_tiles: int 
     num_chunks = max(1, num_sms * RINGS_PER_SM // num_columns)
     num_tiles = min(max(least_tiles, -(-row_tiles // num_chunks)), row_tiles)
     return Ring(rows, width, block_rows, block_cols, register_rows, vector, num_tiles, min(RING_STEPS, num_tiles))
+
+
+def resident(rows: int, channels: int, itemsizes: tuple[int, ...], programs: int) -> Ring | None:
+    """As `ring`, with all tiles of every program in shared memory at once, or None where they do not fit."""
+    found = _columns_of(rows, channels, itemsizes, programs)
+    if found is None:
+        return None
+    block_cols, register_rows, num_chunks = found
+    for block_rows in (8 * register_rows, 4 * register_rows, 2 * register_rows, register_rows):
+        num_tiles = -(-rows // (block_rows * num_chunks))
+        fits = num_tiles * block_rows * block_cols * sum(itemsizes) <= SLAB_BYTES
+        if block_rows <= MAX_TMA_BOX and fits:
+            vector = VECTOR_BYTES // itemsizes[0]
+            return Ring(rows, channels, block_rows, block_cols, register_rows, vector, num_tiles, num_tiles)
+    return None
+
+
+def twice(rows: int, channels: int, itemsizes: tuple[int, ...], read: int, programs: int) -> Ring | None:
+    """As `ring`, one program on each multiprocessor, for two walks over the first `read` arrays; None if no cache holds them."""
+    found = _columns_of(rows, channels, itemsizes, programs)
+    if found is None or rows * channels * sum(itemsizes[:read]) > CACHE_BYTES:
+        return None
+    block_cols, register_rows, num_chunks = found
+    fitting = SLAB_BYTES // (RING_STEPS * block_cols * sum(itemsizes)) // register_rows
+    if fitting == 0:
+        return None
+    block_rows = min(MAX_TMA_BOX, register_rows * (_power_of_two(fitting + 1) // 2))
+    num_tiles = -(-rows // (block_rows * num_chunks))
+    vector = VECTOR_BYTES // itemsizes[0]
+    return Ring(rows, channels, block_rows, block_cols, register_rows, vector, num_tiles, min(RING_STEPS, num_tiles))
+
+
+def _columns_of(rows, channels, itemsizes, programs):
+    """(block_cols, register_rows, num_chunks) such that tiles are whole and programs few enough, or None."""
+    vector = VECTOR_BYTES // itemsizes[0]
+    block_cols = math.gcd(channels, WARP * vector)
+    num_chunks = programs // (channels // block_cols)
+    if block_cols < ALIGNED or num_chunks == 0:
+        return None
+    return block_cols, NUM_WARPS * WARP * vector // block_cols, min(num_chunks, rows)
 
 
 def _tile(rows, width, itemsize):

@@ -98,3 +98,38 @@ def test_folded_rows_are_merged_again():
     mean = np.asarray(got.shift, np.float64) + np.asarray(got.offset, np.float64)
     np.testing.assert_allclose(mean, want.mean, rtol=0, atol=1e-6)
     assert math.isclose(float(np.abs(got.offset).max()), 0, abs_tol=5 * 2**-10), "the mean, settled: 4 ulp of 1e4, and its own"
+
+
+@pytest.mark.parametrize("itemsizes", [(2,), (4,), (2, 2, 2), (4, 4, 4, 4, 4), (2, 4), (4, 2)])
+def test_rings_cover_the_array_once_and_fit_shared_memory(itemsizes):
+    for (rows, channels, itemsize), least in itertools.product(SIZES, (1, blocks.MIN_REDUCED_TILES)):
+        if itemsize != itemsizes[0] or channels * math.gcd(rows, 8) % 8:
+            continue
+        factor = pallas.fold_factor(rows, channels, blocks.WARP * blocks.VECTOR_BYTES // itemsize)
+        ring = blocks.ring(rows // factor, factor * channels, itemsizes, least_tiles=least)
+        assert (ring.num_chunks - 1) * ring.chunk_rows < ring.rows <= ring.num_chunks * ring.chunk_rows, ring
+        assert (ring.num_columns - 1) * ring.block_cols < ring.width <= ring.num_columns * ring.block_cols, ring
+        assert ring.block_rows % ring.register_rows == 0, ring
+        assert max(ring.block_rows, ring.block_cols) <= blocks.MAX_TMA_BOX, ring
+        assert ring.register_rows * ring.block_cols == blocks.NUM_WARPS * blocks.WARP * ring.vector, ring
+        assert math.prod(ring.slots) * sum(itemsizes) <= 2 * blocks.RING_BYTES, ring
+        assert ring.num_chunks * ring.num_columns <= max(blocks.RINGS_PER_SM * blocks.NUM_SMS, ring.num_columns), ring
+
+
+def test_fused_slabs_fit_the_programs_that_run_at_once():
+    programs = blocks.NUM_SMS - blocks.SM_MARGIN
+    ring = blocks.resident(12544, 1024, (2,), programs)
+    assert ring is not None
+    assert ring.steps == ring.num_tiles
+    for rows, channels, itemsize in SIZES:
+        slab, again = (
+            blocks.resident(rows, channels, (itemsize,), programs),
+            blocks.twice(rows, channels, (itemsize,) * 3, 2, programs),
+        )
+        for ring in filter(None, (slab, again)):
+            assert (ring.num_chunks - 1) * ring.chunk_rows < rows <= ring.num_chunks * ring.chunk_rows, ring
+            assert ring.num_columns * ring.block_cols == channels, ring
+            assert ring.num_chunks * ring.num_columns <= programs, ring
+            assert math.prod(ring.slots) * itemsize <= blocks.SLAB_BYTES, ring
+    assert blocks.resident(25088, 1024, (2,), programs) is None
+    assert blocks.twice(25088, 1024, (2, 2, 2), 2, programs) is None

@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec
 import jbn
 from jbn.bench import hlo, targets
 from jbn.kernels import mosaic_gpu
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, Device, Pull
 
 DEFAULT_SIZE = 1.3e4  # elements
+H200 = Device("NVIDIA H200", 132)
 INTERPRET = "mosaic_gpu/interpret"
 needs_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX 0.10 has no interpreter for the copies of Mosaic GPU"
@@ -297,3 +298,75 @@ def test_vmap_compiles_for_h200():
 
     text = targets.compile_for("h200", run, jax.ShapeDtypeStruct((3, 256, 64), jnp.bfloat16)).as_text()
     assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
+
+
+# Forward and backward in one kernel each.
+
+
+def _fwd_fused(activation, interpret, x, scale, bias, residual):
+    known = {"axis": (x.ndim - 1,), "activation": activation, "dtype": x.dtype, "device": H200, "interpret": interpret}
+    return mosaic_gpu.fwd_fused(x, scale, bias, residual, jnp.float32(1e-5), **known)
+
+
+def _bwd_fused(activation, residual_dtype, interpret, x, dy, affine, rstd, d_stats, saved):
+    known = {"axis": (x.ndim - 1,), "device": H200, "interpret": interpret, "residual_dtype": residual_dtype}
+    return mosaic_gpu.bwd_fused(x, dy, affine, rstd=rstd, d_stats=d_stats, saved=saved, activation=activation, **known)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "with_residual"),
+    [
+        ((5, 20, 64), "float32", "silu", True),
+        ((3, 37, 24), "float32", None, True),  # masked rows
+        ((200, 512), "bfloat16", "relu", False),  # two programs
+        ((4, 8), "float16", "gelu", False),
+    ],
+)
+def test_fused_equals_oracle(shape, dtype, activation, with_residual):
+    """One program for each tile of columns: the interpreter knows no barrier across a grid."""
+    generator = np.random.default_rng(0)
+    case = kernel_grid.Case(shape[-1], 0, dtype, activation, with_residual, True)
+    x = (generator.standard_normal(shape) + kernel_grid.MEANS[dtype]).astype(jnp.dtype(dtype))
+    dy = generator.standard_normal(shape).astype(x.dtype)
+    residual = generator.standard_normal(shape).astype(x.dtype) if with_residual else None
+    scale, bias, dmean, dvar = generator.uniform(0.5, 1.5, (4, shape[-1])).astype(np.float32)
+    fn = None if activation is None else getattr(jax.nn, activation)
+    y, stats = jax.jit(functools.partial(_fwd_fused, fn, True))(x, scale, bias, residual)
+    known = {"residual": residual, "activation": activation}
+    m = oracle.moments(x)
+    rounding = kernel_grid.ROUNDING[case.dtype]
+    np.testing.assert_allclose(y, oracle.forward(x, scale, bias, **known)[0], rtol=rounding, atol=2e-5)
+    np.testing.assert_allclose(stats.m2 / stats.count, oracle.variance(m), rtol=1e-5)
+    rstd = 1 / np.sqrt(stats.m2 / stats.count + 1e-5)
+    affine = Affine(stats.shift, stats.offset, scale * rstd, bias)
+    run = jax.jit(functools.partial(_bwd_fused, fn, residual.dtype if with_residual else None, True))
+    dx, dresidual, sum_dz, sum_dz_xc = run(x, dy, affine, rstd, (dmean, dvar), residual)
+    want = oracle.backward(x, dy, scale, bias, **known)
+    xc = np.asarray(x, np.float64) - m.mean
+    want_dx = want.x + (dmean + 2 * dvar * xc) / m.count
+    np.testing.assert_allclose(np.asarray(dx, np.float64), want_dx, rtol=rounding, atol=5e-5)
+    np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(sum_dz_xc * rstd, want.scale, rtol=1e-5, atol=1e-4)
+    if with_residual:
+        np.testing.assert_allclose(np.asarray(dresidual, np.float64), want.residual, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.aot("jax_cuda13_plugin")
+def test_fused_passes_over_memory():
+    """x stays in shared memory; x and dy, twice as much, are read again from the cache, within one launch."""
+    shape = (12544, 1024)
+    x, v = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    forward = targets.compile_for("h200", functools.partial(_fwd_fused, jax.nn.relu, False), x, v, v, None)
+    backward = functools.partial(_bwd_fused, jax.nn.relu, None, False)
+    backward = targets.compile_for("h200", backward, x, x, Affine(*[v] * 4), v, (v, v), None)
+    for compiled, passes in ((forward, 2), (backward, 3)):
+        assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
+        moved = hlo.moved(hlo.operations(compiled.as_text()))
+        assert passes <= moved / (np.prod(shape) * 2) <= passes + 0.05
+
+
+def test_fused_leaves_to_others_what_does_not_fit():
+    x, v = jnp.zeros((2**17, 512), jnp.bfloat16), jnp.ones(512)
+    assert _fwd_fused(None, False, x, v, v, None) is None
+    assert _bwd_fused(None, None, False, x, x, Affine(v, v, v, v), v, (v, v), None) is None
