@@ -165,7 +165,7 @@ def resident(rows: int, channels: int, itemsizes: tuple[int, ...], programs: int
 
 
 def twice(rows: int, channels: int, itemsizes: tuple[int, ...], read: int, programs: int) -> Ring | None:
-    """As `ring`, one program on each multiprocessor, for two walks over the first `read` arrays; None if no cache holds them."""
+    """As `ring`, one program on each multiprocessor, for two walks over the first `read` arrays; None if too large for it."""
     found = _columns_of(rows, channels, itemsizes, programs)
     if found is None or rows * channels * sum(itemsizes[:read]) > CACHE_BYTES:
         return None

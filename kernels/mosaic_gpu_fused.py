@@ -181,7 +181,7 @@ def bwd_fused(
     rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
     arrays = [a.reshape(rows, channels) for a in (x, dy, saved) if a is not None]
     separate = residual_dtype is not None and activation is not None
-    dtypes = tuple(map(jnp.dtype, (x.dtype, residual_dtype) if separate else (x.dtype,)))
+    dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
     itemsizes = tuple(d.itemsize for d in (*(a.dtype for a in arrays), *dtypes))
     ring = blocks.twice(rows, channels, itemsizes, len(arrays), _programs(device, interpret, channels, itemsizes[0]))
     if ring is None:

@@ -245,7 +245,7 @@ def store(ref, value):
     if jax.__version_info__ < (0, 12):
         ref[...] = value
     else:
-        plgpu.store(ref, value, optimized=False)
+        plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_flight(ring, arrays):
@@ -271,7 +271,10 @@ class Launch(NamedTuple):
     def __call__(self, *operands):
         if self.interpret and jax.__version_info__ < (0, 11):
             raise NotImplementedError("implementation 'mosaic_gpu/interpret' needs JAX 0.11: older interpreters know no TMA")
-        body = functools.partial(self.kernel, ring=self.ring, **dict(self.options))
+
+        def body(*refs, **scratch):
+            self.kernel(*refs, ring=self.ring, **dict(self.options), **scratch)
+
         body.__name__ = f"jbn{self.kernel.__name__.removesuffix('_kernel')}"
         return plgpu.kernel(
             body,
@@ -280,7 +283,7 @@ class Launch(NamedTuple):
             grid=(self.ring.num_chunks, self.ring.num_columns),
             grid_names=("chunk", "column"),
             compiler_params=_PARAMS,
-            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,  # pyright: ignore[reportAttributeAccessIssue]
         )(*operands)
 
 
@@ -298,7 +301,9 @@ def _(*operands, launch):
 
 @launch_p.def_abstract_eval
 def _(*avals, launch):
-    return jax.make_jaxpr(launch)(*avals).out_avals
+    # plgpu.kernel forgets what its results vary over.
+    found = jax.make_jaxpr(launch)(*avals).out_avals
+    return [aval.update(manual_axis_type=ManualAxisType(varying=avals[0].manual_axis_type.varying)) for aval in found]
 
 
 def _batch(operands, dims, *, launch):
