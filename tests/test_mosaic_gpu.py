@@ -19,7 +19,7 @@ from jbn.bench import hlo, targets
 from jbn.kernels import mosaic_gpu
 from jbn.kernels.seam import Affine, Device, Pull
 
-DEFAULT_SIZE = 1.3e4  # elements
+DEFAULT_SIZE = 1e3  # elements
 H200 = Device("NVIDIA H200", 132)
 INTERPRET = "mosaic_gpu/interpret"
 needs_interpreter = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def _stats(x):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("rows", [1000, 12544])
+@pytest.mark.parametrize("rows", [1000, 3136])
 def test_keeps_its_digits_at_a_large_mean(rows):
     x = np.random.default_rng(0).normal(1e4, 1, (rows, 24)).astype(np.float32)
     (mean, var, y), m = _stats(x), oracle.moments(x)
@@ -71,7 +71,7 @@ def test_keeps_its_digits_at_a_large_mean(rows):
 
 @needs_interpreter
 def test_zero_first_row_before_many_at_a_large_mean():
-    x = np.random.default_rng(0).normal(1e4, 1, (2**18, 1)).astype(np.float32)
+    x = np.random.default_rng(0).normal(1e4, 1, (2**17, 1)).astype(np.float32)
     x[0] = 0
     np.testing.assert_allclose(_stats(x)[1], oracle.variance(oracle.moments(x)), rtol=1e-5)
 
@@ -248,9 +248,7 @@ CASES = [
     (jnp.float32, (12544, 1024), jax.nn.gelu, True),
     (jnp.bfloat16, (12544, 80), jax.nn.silu, False),  # folded by 16
     (jnp.float16, (1000, 77), jax.nn.leaky_relu, True),  # masked rows and columns
-    (jnp.bfloat16, (10**7, 3), jax.nn.relu, True),
     (jnp.float32, (1, 8), None, True),
-    (jnp.bfloat16, (100352, 512), jax.nn.relu, False),
 ]
 
 
