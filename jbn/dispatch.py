@@ -84,7 +84,7 @@ def on_one_device(fused: Callable, otherwise: Callable, *args: Any) -> Any:
 
 _on_one_device = Primitive("jbn_on_one_device")
 _on_one_device.multiple_results = True
-_on_one_device.def_impl(lambda *leaves, **both: jax.jit(functools.partial(_on_one_device.bind, **both))(*leaves))
+_on_one_device.def_impl(lambda *leaves, fused, otherwise: jaxpr_as_fun(otherwise)(*leaves))
 _on_one_device.def_abstract_eval(lambda *_, fused, otherwise: otherwise.out_avals)
 
 
@@ -152,11 +152,11 @@ def _lower_only_on(context, x, *, platforms, implementation):
             f"implementation {implementation!r} runs on {' and '.join(platforms)}, not on {', '.join(here)}: "
             f"use implementation=None, or {implementation + '/interpret'!r} to check numbers anywhere"
         )
-    if implementation == "mosaic_gpu":
-        device = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-        reason = importlib.import_module("jbn.kernels.mosaic_gpu").unsupported_device(device.device_kind)
-        if reason is not None:
-            raise NotImplementedError(f"implementation {implementation!r} {reason}")
+    refuse = getattr(importlib.import_module(f"jbn.kernels.{implementation}"), "unsupported_device", lambda kind: None)
+    device = _device()
+    reason = None if device is None else refuse(device.kind)
+    if reason is not None:
+        raise NotImplementedError(f"implementation {implementation!r} {reason}")
     return [x]
 
 

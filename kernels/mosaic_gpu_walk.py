@@ -12,9 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import ManualAxisType
+from jax.interpreters import mlir
 
 from jbn.kernels import blocks, pallas
 from jbn.kernels.blocks import Ring
@@ -287,53 +285,6 @@ class Launch(NamedTuple):
         )(*operands)
 
 
-# A launch is a primitive of its own for the sake of interpret mode, which has side effects on a state of its own: the
-# transformations around it need not know.
-launch_p = Primitive("jbn_mosaic_gpu")
-launch_p.multiple_results = True
-
-
-@launch_p.def_impl
-@functools.partial(jax.jit, static_argnames="launch")
-def _(*operands, launch):
-    return launch_p.bind(*operands, launch=launch)
-
-
-@launch_p.def_abstract_eval
-def _(*avals, launch):
-    # plgpu.kernel forgets what its results vary over.
-    found = jax.make_jaxpr(launch)(*avals).out_avals
-    return [aval.update(manual_axis_type=ManualAxisType(varying=avals[0].manual_axis_type.varying)) for aval in found]
-
-
-def _batch(operands, dims, *, launch):
-    batched = _Batched(launch, tuple(dims))
-    return launch_p.bind(*operands, launch=batched), [0] * len(launch.shapes)
-
-
-class _Batched(NamedTuple):
-    launch: Any
-    in_axes: tuple
-
-    @property
-    def shapes(self):
-        return self.launch.shapes
-
-    @property
-    def interpret(self):
-        return self.launch.interpret
-
-    def __call__(self, *operands):
-        return jax.vmap(self.launch, self.in_axes, 0)(*operands)
-
-
-def _lower(context, *operands, launch):
-    unvarying = lambda avals: [aval.update(manual_axis_type=ManualAxisType()) for aval in avals]
-    context = context.replace(avals_in=unvarying(context.avals_in), avals_out=unvarying(context.avals_out))
-    run = functools.partial(_alone, launch, context.avals_out) if launch.interpret else launch
-    return mlir.lower_fun(run, multiple_results=True)(context, *operands)
-
-
 def _alone(launch, results, *operands):
     """Interpreted, one launch at a time in this process: the interpreter keeps one state for all."""
 
@@ -352,5 +303,10 @@ def _interpreted(*operands, launch):
     return launch(*operands)
 
 
-batching.primitive_batchers[launch_p] = _batch
-mlir.register_lowering(launch_p, _lower)
+def _lower(context, launch, *operands):
+    # The interpreter has side effects on a state of its own, which the transformations around it need not know.
+    run = functools.partial(_alone, launch, context.avals_out) if launch.interpret else launch
+    return mlir.lower_fun(run, multiple_results=True)(context, *operands)
+
+
+launch_p = pallas.launch_primitive("jbn_mosaic_gpu", _lower)

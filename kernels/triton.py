@@ -10,14 +10,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import ManualAxisType
+from jax.interpreters import mlir
 
 from jbn.kernels import blocks, pallas
 from jbn.kernels.blocks import Tiles
@@ -301,48 +298,12 @@ class _Launch(NamedTuple):
         )(*operands)
 
 
-# A launch is a primitive of its own for the sake of its lowering.  JAX 0.11 deprecated the Triton backend and says so whenever
-# a kernel is lowered; the reader of that warning could do nothing about it.  And interpret mode mixes arrays that vary over
-# manual mesh axes with its own constants, which shard_map's check, long passed by then, would refuse.
-_launch = Primitive("jbn_triton")
-_launch.multiple_results = True
-
-
-@_launch.def_impl
-@functools.partial(jax.jit, static_argnames="launch")
-def _(*operands, launch):
-    return _launch.bind(*operands, launch=launch)
-
-
-@_launch.def_abstract_eval
-def _(*avals, launch):
-    return jax.make_jaxpr(launch)(*avals).out_avals
-
-
-def _batch(operands, dims, *, launch):
-    batched = _Batched(launch, tuple(dims))
-    return _launch.bind(*operands, launch=batched), [0] * len(launch.shapes)
-
-
-class _Batched(NamedTuple):
-    launch: Any
-    in_axes: tuple
-
-    @property
-    def shapes(self):
-        return self.launch.shapes
-
-    def __call__(self, *operands):
-        return jax.vmap(self.launch, self.in_axes, 0)(*operands)
-
-
-def _lower(context, *operands, launch):
-    unvarying = lambda avals: [aval.update(manual_axis_type=ManualAxisType()) for aval in avals]
-    context = context.replace(avals_in=unvarying(context.avals_in), avals_out=unvarying(context.avals_out))
+def _lower(context, launch, *operands):
+    # JAX 0.11 deprecated the Triton backend and says so whenever a kernel is lowered; the reader of that warning could do
+    # nothing about it.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
 
 
-batching.primitive_batchers[_launch] = _batch
-mlir.register_lowering(_launch, _lower)
+_launch = pallas.launch_primitive("jbn_triton", _lower)

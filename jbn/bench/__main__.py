@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from jbn.bench import cases, device, model, op, peers, pictures, report, targets, traffic
+from jbn.bench import cases, device, model, op, peers, pictures, report, targets, timing, traffic
 
 _OP_COLUMNS = ("case", "mode", "dtype", "peer", "implementation", "median_ms", "q1_ms", "q3_ms")
 _OP_COLUMNS += ("ratio_vs_flax", "times_roofline")
@@ -61,9 +61,10 @@ def _op(options):
     if not problems:
         print(f"--filter {options.filter!r} leaves nothing", file=sys.stderr)
         return 2
-    pace = {"rounds": 31, "seconds": 0.002, "limit": 3.0} if options.quick else {"rounds": 21, "seconds": 0.02}
+    pace = {"rounds": 101, "seconds": 0.002, "limit": 2.5} if options.quick else {"rounds": 21, "seconds": 0.02}
     if options.repeats:
         pace |= {"rounds": options.repeats, "limit": math.inf}
+    kept = backend == "cpu" and timing.keep_memory()
     rows = []
     measured = op.measure(problems, contestants, **pace)
     for found in report.progress(measured, len(problems), lambda rows: f"{rows[0]['case']} {rows[0]['mode']}"):
@@ -71,6 +72,8 @@ def _op(options):
     print(report.table(rows, _OP_COLUMNS))
     counts = sorted({row["rounds"] for row in rows})
     print(f"x ~ N(0.5, 2); {counts[0]} to {counts[-1]} rounds, everybody once in each; ratio: the median of those of a round")
+    if kept:
+        print("malloc keeps what is freed: no page faults are measured")
     print("times_roofline: over the time of a copy of x in the same rounds, times the passes, each of them over memory")
     return _finish(options, rows, missing)
 

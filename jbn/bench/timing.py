@@ -1,5 +1,6 @@
 """How long things take: rounds in which everybody runs in turn, medians over the rounds."""
 
+import ctypes
 import math
 import statistics
 import tempfile
@@ -12,6 +13,7 @@ import jax
 from jax.profiler import ProfileData
 
 MIN_ROUNDS = 5
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 class Contestant(NamedTuple):
@@ -41,6 +43,16 @@ class Samples(NamedTuple):
             return only, only, only
         q1, median, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return q1, median, q3
+
+
+def keep_memory() -> bool:
+    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc.
+
+    By default it returns large arrays to the system, depending on what lies beside them, and the next call pays for zeroed
+    pages: a factor of up to 2, other in each process, that is nobody's merit.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
 
 
 def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float, limit: float = math.inf) -> dict[str, Samples]:
