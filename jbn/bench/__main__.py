@@ -54,6 +54,7 @@ def _parser():
 
 
 def _op(options):
+    kept = timing.keep_memory()
     backend = jax.default_backend()
     problems = cases.quick() if options.quick else cases.problems(options.batch or (8 if backend == "cpu" else 128))
     contestants, missing = peers.find(backend, compiled=not options.quick)
@@ -64,7 +65,6 @@ def _op(options):
     pace = {"rounds": 101, "seconds": 0.002, "limit": 2.5} if options.quick else {"rounds": 21, "seconds": 0.02}
     if options.repeats:
         pace |= {"rounds": options.repeats, "limit": math.inf}
-    kept = backend == "cpu" and timing.keep_memory()
     rows = []
     measured = op.measure(problems, contestants, **pace)
     for found in report.progress(measured, len(problems), lambda rows: f"{rows[0]['case']} {rows[0]['mode']}"):
@@ -72,7 +72,7 @@ def _op(options):
     print(report.table(rows, _OP_COLUMNS))
     counts = sorted({row["rounds"] for row in rows})
     print(f"x ~ N(0.5, 2); {counts[0]} to {counts[-1]} rounds, everybody once in each; ratio: the median of those of a round")
-    if kept:
+    if kept and backend == "cpu":
         print("malloc keeps what is freed: no page faults are measured")
     print("times_roofline: over the time of a copy of x in the same rounds, times the passes, each of them over memory")
     return _finish(options, rows, missing)

@@ -66,8 +66,12 @@ def copy(problem: Problem, input_sets: int) -> Callable[[int], Any]:
     return lambda i: run(inputs[i % input_sets][0], mask)
 
 
+@functools.lru_cache(maxsize=1)
 def arrays(problem: Problem, input_sets: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """(x, residual, dy) of each input set; x is drawn from N(0.5, 2), the others from N(0, 1)."""
+    """(x, residual, dy) of each input set; x is drawn from N(0.5, 2), the others from N(0, 1).
+
+    The same arrays for every peer of a problem: where in memory they lie is worth 20 % on CPU.
+    """
 
     @jax.jit
     def draw(key):

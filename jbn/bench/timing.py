@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -13,7 +14,7 @@ import jax
 from jax.profiler import ProfileData
 
 MIN_ROUNDS = 5
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 class Contestant(NamedTuple):
@@ -46,19 +47,21 @@ class Samples(NamedTuple):
 
 
 def keep_memory() -> bool:
-    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc.
+    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc. Call it before JAX starts.
 
     By default it returns large arrays to the system, depending on what lies beside them, and the next call pays for zeroed
-    pages: a factor of up to 2, other in each process, that is nobody's merit.
+    pages: a factor of up to 2, other in each process, that is nobody's merit.  The memory of threads of their own it returns
+    in any case, so all share one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+    return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
 
 
 def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float, limit: float = math.inf) -> dict[str, Samples]:
     """Samples of each contestant by name.
 
-    In each round everybody runs once, and the order rotates: what slows the machine for a while slows them all alike.
+    In each round everybody runs once, in an order drawn anew: what slows the machine for a while, or whoever comes after a
+    certain other, slows them all alike.
 
     Args:
         rounds: how many, at most.
@@ -71,11 +74,10 @@ def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float, l
         if traced:
             jax.profiler.start_trace(folder)
         taken: dict[str, list[float]] = {c.name: [] for c in contestants}
-        done, start = 0, time.perf_counter()
+        done, start, draw = 0, time.perf_counter(), random.Random(0)
         while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - start < limit):
-            shift = done % len(contestants)
             done += 1
-            for contestant in (*contestants[shift:], *contestants[:shift]):
+            for contestant in draw.sample(contestants, len(contestants)):
                 taken[contestant.name].append(_one(contestant, calls[contestant.name]))
         if traced:
             jax.profiler.stop_trace()
