@@ -128,7 +128,6 @@ def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
     calls = clock.order[9:]  # after two of warm-up and one of calibration for each
     found = [calls[start : start + 7] for start in range(0, len(calls), 7)]  # a: 1 + 2, b and c: 1 + 1, the first untimed
     assert all(set(each) == {"a", "b", "c"} for each in found)
-    assert {each[0] for each in found} == {"a", "b", "c"}
     assert len(set(map(tuple, found))) > 3  # more than a rotation, in which the same one always comes before
 
 
