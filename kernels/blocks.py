@@ -120,6 +120,11 @@ def lanes(itemsize: int) -> int:
     return TILE_BYTES // itemsize
 
 
+def warp_lanes(itemsize: int) -> int:
+    """Columns of a tile of the Mosaic kernels: a warp, each lane a vector."""
+    return WARP * VECTOR_BYTES // itemsize
+
+
 def reduced(rows: int, width: int, itemsize: int, num_sms: int = NUM_SMS) -> Tiles:
     """For a pass that leaves one partial result per chunk: long chunks, but enough of them to fill the card."""
     block_rows, block_cols = _tile(rows, width, itemsize)
@@ -139,7 +144,7 @@ def mapped(rows: int, width: int, itemsize: int) -> Tiles:
 def ring(rows: int, width: int, itemsizes: tuple[int, ...], *, least_tiles: int = 1, num_sms: int = NUM_SMS) -> Ring:
     """For the Mosaic kernels: as many programs as run at once. itemsizes: of each array that passes through, x first."""
     vector = VECTOR_BYTES // itemsizes[0]
-    block_cols = min(WARP * vector, _power_of_two(width))
+    block_cols = min(warp_lanes(itemsizes[0]), _power_of_two(width))
     register_rows = NUM_WARPS * WARP * vector // block_cols
     fitting = RING_BYTES // (RING_STEPS * block_cols * sum(itemsizes))
     block_rows = max(register_rows, min(MAX_TMA_BOX, _power_of_two(fitting + 1) // 2, _power_of_two(rows)))
@@ -182,7 +187,7 @@ def twice(rows: int, channels: int, itemsizes: tuple[int, ...], read: int, progr
 def _columns_of(rows, channels, itemsizes, programs):
     """(block_cols, register_rows, num_chunks) such that tiles are whole and programs few enough, or None."""
     vector = VECTOR_BYTES // itemsizes[0]
-    block_cols = math.gcd(channels, WARP * vector)
+    block_cols = math.gcd(channels, warp_lanes(itemsizes[0]))
     num_chunks = programs // (channels // block_cols)
     if block_cols < ALIGNED or num_chunks == 0:
         return None

@@ -16,21 +16,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jbn.kernels import blocks
+from jbn.kernels import blocks, gpu
 from jbn.kernels.blocks import Ring
 from jbn.kernels.mosaic_gpu_walk import (
     Launch,
     Walk,
     chunk_stats,
+    chunk_sums,
     column_sum,
-    dz_of,
+    dx_dz_of,
     in_flight,
     launch_p,
     load,
     options_of,
     store,
+    y_of,
 )
-from jbn.kernels.seam import Affine, Device, Stats, pre_activation
+from jbn.kernels.seam import Affine, Device, Stats
 
 
 def _fwd_fused_kernel(*refs, ring: Ring, activation, bounce, vectors, arrived, **in_flight):
@@ -46,12 +48,7 @@ def _fwd_fused_kernel(*refs, ring: Ring, activation, bounce, vectors, arrived, *
     walk.load_vectors(params_ref, vectors, arrived)
     scale, bias, eps = (walk.spread(vectors.at[k]) for k in range(3))
     affine = Affine(shift, offset, scale * lax.rsqrt(m2 * (1 / ring.rows) + eps), bias).folded()
-
-    def y(x, *residual):
-        z = pre_activation(x, affine, *residual)
-        return (z if activation is None else activation(z),)
-
-    walk.rewrite(y, y_ref)
+    walk.rewrite(y_of(affine, activation), y_ref)
 
 
 def _bwd_fused_kernel(*refs, ring: Ring, activation, num_inputs, bounce, vectors, arrived, leaving, **in_flight):
@@ -60,20 +57,11 @@ def _bwd_fused_kernel(*refs, ring: Ring, activation, num_inputs, bounce, vectors
     walk = Walk.begin(ring, arrays, **in_flight)
     affine = walk.affine(vectors_ref, vectors, arrived)
     offset, rstd, dmean, dvar = (walk.spread(vectors.at[k]) for k in range(3, 7))
-    zeros = walk.zeros()
-
-    def add(t, sums):
-        for r, (x, dy, *saved) in walk.registers(t):
-            dz = walk.keep_rows(t, r, dz_of(x, dy, affine, saved, activation))
-            sums = sums[0] + dz, sums[1] + dz * (x - affine.shift)
-        return sums
-
-    for k, total in enumerate(walk.each(add, (zeros, zeros))):
-        store(vectors.at[k], column_sum(total, bounce))
+    chunk_sums(walk, affine, activation, bounce, vectors)
     partials = (sums_dz_ref, sums_dz_x_ref)
     walk.store_partials(vectors, partials)
     _barrier(ring)
-    totals = [sum((values[k] for _, values in _parts(walk, partials)), start=zeros) for k in range(2)]
+    totals = [sum((values[k] for _, values in _parts(walk, partials)), start=walk.zeros()) for k in range(2)]
     for k, total in enumerate(totals):
         store(vectors.at[k], column_sum(total, bounce))
     plgpu.commit_smem()
@@ -82,12 +70,7 @@ def _bwd_fused_kernel(*refs, ring: Ring, activation, num_inputs, bounce, vectors
     slope = 2 / ring.rows * (dvar - affine.gain * (rstd * rstd) * 0.5 * sum_dz_xc)
     intercept = 1 / ring.rows * (dmean - affine.gain * sum_dz) - slope * offset
     pl.when(walk.chunk == 0)(lambda: walk.store_whole(vectors, (sum_dz_ref, sum_dz_x_ref)))
-
-    def dx_dz(x, dy, *saved):
-        dz = dz_of(x, dy, affine, saved, activation)
-        return affine.gain * dz + ((x - affine.shift) * slope + intercept), dz
-
-    walk.again().map(dx_dz, leaving, results)
+    walk.again().map(dx_dz_of(affine, slope, intercept, activation), leaving, results)
 
 
 def _barrier(ring):
@@ -180,8 +163,7 @@ def bwd_fused(
     del axis
     rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
     arrays = [a.reshape(rows, channels) for a in (x, dy, saved) if a is not None]
-    separate = residual_dtype is not None and activation is not None
-    dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
+    dtypes = gpu.cotangent_dtypes(x, activation, residual_dtype)
     itemsizes = tuple(d.itemsize for d in (*(a.dtype for a in arrays), *dtypes))
     ring = blocks.twice(rows, channels, itemsizes, len(arrays), _programs(device, interpret, channels, itemsizes[0]))
     if ring is None:
@@ -195,16 +177,14 @@ def bwd_fused(
     shift, _, gain, folded_bias = affine.folded()
     vectors = jnp.stack((shift, gain, folded_bias, affine.offset, rstd, *d_stats))
     *large, _, _, sum_dz, sum_dz_x = launch_p.bind(*arrays, vectors, launch=launch)
-    dx, *dz = (a.reshape(x.shape) for a in large)
-    dresidual = None if residual_dtype is None else dz[0] if separate else dy.astype(residual_dtype)
-    return dx, dresidual, sum_dz, sum_dz_x - affine.offset * sum_dz
+    return *gpu.cotangents(large, x, dy, residual_dtype), sum_dz, sum_dz_x - affine.offset * sum_dz
 
 
 def _programs(device, interpret, channels, itemsize):
     """How many run at once; in interpret mode, which knows no barriers across the grid, one for each tile of columns."""
     if not interpret:
         return device.cores - blocks.SM_MARGIN
-    return channels // math.gcd(channels, blocks.WARP * blocks.VECTOR_BYTES // itemsize)
+    return channels // math.gcd(channels, blocks.warp_lanes(itemsize))
 
 
 def _partial_shape(ring):

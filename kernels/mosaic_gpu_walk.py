@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import mlir
 
-from jbn.kernels import blocks, pallas
+from jbn.kernels import blocks, gpu, pallas
 from jbn.kernels.blocks import Ring
 from jbn.kernels.seam import Affine, pre_activation, through_activation
 
@@ -25,7 +25,7 @@ _PARAMS = plgpu.CompilerParams(
 )
 
 
-def dz_of(x, dy, affine, saved, activation):
+def _dz(x, dy, affine, saved, activation):
     saved = saved[0] if saved else None
     if activation in _DERIVATIVES:
         return dy * _DERIVATIVES[activation](pre_activation(x, affine, saved))
@@ -217,6 +217,41 @@ def chunk_stats(walk, bounce, vectors):
     store(vectors.at[2], squares - total * offset)
 
 
+def chunk_sums(walk, affine, activation, bounce, vectors):
+    """Into `vectors`, of one chunk: the sums of dz and of dz * (x - shift)."""
+    zeros = walk.zeros()
+
+    def add(t, sums):
+        for r, (x, dy, *saved) in walk.registers(t):
+            # Beyond the end x is read as zero, where the derivative of an activation may overflow.
+            dz = walk.keep_rows(t, r, _dz(x, dy, affine, saved, activation))
+            sums = sums[0] + dz, sums[1] + dz * (x - affine.shift)
+        return sums
+
+    for k, total in enumerate(walk.each(add, (zeros, zeros))):
+        store(vectors.at[k], column_sum(total, bounce))
+
+
+def y_of(affine, activation):
+    """What stores y, from x and the residual."""
+
+    def y(x, *residual):
+        z = pre_activation(x, affine, *residual)
+        return (z if activation is None else activation(z),)
+
+    return y
+
+
+def dx_dz_of(affine, slope, intercept, activation):
+    """What stores dx, and dz for the residual, from x, dy and what was saved."""
+
+    def dx_dz(x, dy, *saved):
+        dz = _dz(x, dy, affine, saved, activation)
+        return affine.gain * dz + ((x - affine.shift) * slope + intercept), dz
+
+    return dx_dz
+
+
 def layout(cols, vector):
     """Registers of a tile: a lane owns `vector` adjacent columns, a warp some rows, the four warps those below each other."""
     lane_rows = blocks.WARP * vector // cols
@@ -309,4 +344,4 @@ def _lower(context, launch, *operands):
     return mlir.lower_fun(run, multiple_results=True)(context, *operands)
 
 
-launch_p = pallas.launch_primitive("jbn_mosaic_gpu", _lower)
+launch_p = gpu.launch_primitive("jbn_mosaic_gpu", _lower)

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.interpreters import mlir
 
-from jbn.kernels import blocks, pallas
+from jbn.kernels import blocks, gpu, pallas
 from jbn.kernels.blocks import Tiles
-from jbn.kernels.seam import Affine, Pull, Stats, pre_activation, through_activation
+from jbn.kernels.seam import Affine, pre_activation, through_activation
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -185,92 +185,17 @@ class _Place(NamedTuple):
 # Launches.
 
 
-def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool) -> Stats:
-    """Count, mean and m2 of each channel; the kernel finds shifts of its own."""
-    del shift, axis
-    assert weights is None, "weighted statistics run on XLA"
-    factor = _fold_factor(x)
-    folded = pallas.fold(x, factor)
-    tiles = blocks.reduced(*folded.shape, x.dtype.itemsize)
-    partials = _partials(_fwd_stats_kernel, tiles, 3, [folded], interpret)
-    rows = jnp.minimum(tiles.chunk_rows, tiles.rows - tiles.chunk_rows * jnp.arange(tiles.num_chunks))
-    counts = jnp.repeat(rows.astype(jnp.float32), factor)
-    return pallas.merge(counts, *pallas.unfold(partials, factor))
+def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
+    tiles = blocks.reduced(*arrays[0].shape, arrays[0].dtype.itemsize)
+    shapes, dtypes = ((tiles.num_chunks, tiles.width),) * num_results, (jnp.dtype(jnp.float32),) * num_results
+    launch = _Launch(kernel, tiles, shapes, dtypes, tuple(options.items()), interpret)
+    return tiles, _launch.bind(*arrays, *vectors, launch=launch)
 
 
-def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool) -> Array:
-    """y = activation((x - mean) * gain + bias + residual)."""
-    del axis
-    factor = _fold_factor(x)
-    arrays = [pallas.fold(a, factor) for a in (x, residual) if a is not None]
-    tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
-    options = (("activation", activation),)
-    launch = _Launch(_fwd_apply_kernel, tiles, (arrays[0].shape,), (jnp.dtype(dtype),), options, interpret)
-    (y,) = _launch.bind(*arrays, _stack(affine, (), factor), launch=launch)
-    return y.reshape(x.shape)
-
-
-def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool) -> tuple[Array, Array]:
-    """The per-channel sums of dz and of dz * (x - mean)."""
-    del axis
-    assert weights is None, "weighted sums run on XLA"
-    factor = _fold_factor(x)
-    arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
-    tiles = blocks.reduced(*arrays[0].shape, x.dtype.itemsize)
-    operands = [*arrays, _stack(affine, (), factor)]
-    partials = _partials(_bwd_stats_kernel, tiles, 2, operands, interpret, activation=activation)
-    sum_dz, sum_dz_x = (p.sum(0) for p in pallas.unfold(partials, factor))
-    return sum_dz, sum_dz_x - affine.offset * sum_dz
-
-
-def bwd_apply(
-    x: Array,
-    dy: Array,
-    affine: Affine,
-    *,
-    pull: Pull | None,
-    saved,
-    weights,
-    axis,
-    activation,
-    residual_dtype,
-    interpret: bool,
-) -> tuple[Array, Array | None]:
-    """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
-    del axis
-    assert weights is None, "weighted gradients run on XLA"
-    factor = _fold_factor(x)
-    arrays = [pallas.fold(a, factor) for a in (x, dy, saved) if a is not None]
-    tiles = blocks.mapped(*arrays[0].shape, x.dtype.itemsize)
-    slope, intercept = (jnp.zeros_like(affine.gain),) * 2 if pull is None else pull
-    vectors = _stack(affine, (slope, intercept - slope * affine.offset), factor)
-    # Without an activation dz is dy: nothing to compute.
-    separate = residual_dtype is not None and activation is not None
-    dtypes = (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
-    options = (("activation", activation), ("num_inputs", len(arrays)))
-    launch = _Launch(_bwd_apply_kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, options, interpret)
-    dx, *dz = (a.reshape(x.shape) for a in _launch.bind(*arrays, vectors, launch=launch))
-    if residual_dtype is None:
-        return dx, None
-    return dx, dz[0] if separate else dy.astype(residual_dtype)
-
-
-def _fold_factor(x):
-    channels = x.shape[-1]
-    return pallas.fold_factor(x.size // channels, channels, blocks.lanes(x.dtype.itemsize))
-
-
-def _stack(affine, others, factor):
-    """Per-channel vectors as one operand [vectors, width]: one small fusion of XLA's, however many there are."""
-    shift, _, gain, bias = affine.folded()
-    return jnp.tile(jnp.stack((shift, gain, bias, *others)), (1, factor))
-
-
-def _partials(kernel, tiles, number, operands, interpret, **options):
-    """The results [chunks, width] of a reduction."""
-    shapes = ((tiles.num_chunks, tiles.width),) * number
-    launch = _Launch(kernel, tiles, shapes, (jnp.dtype(jnp.float32),) * number, tuple(options.items()), interpret)
-    return _launch.bind(*operands, launch=launch)
+def _map(kernel, arrays, vectors, dtypes, interpret, **options):
+    tiles = blocks.mapped(*arrays[0].shape, arrays[0].dtype.itemsize)
+    launch = _Launch(kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, tuple(options.items()), interpret)
+    return _launch.bind(*arrays, *vectors, launch=launch)
 
 
 class _Launch(NamedTuple):
@@ -306,4 +231,6 @@ def _lower(context, launch, *operands):
         return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
 
 
-_launch = pallas.launch_primitive("jbn_triton", _lower)
+_launch = gpu.launch_primitive("jbn_triton", _lower)
+_backend = gpu.Backend(_fwd_stats_kernel, _fwd_apply_kernel, _bwd_stats_kernel, _bwd_apply_kernel, blocks.lanes, _reduce, _map)
+fwd_stats, fwd_apply, bwd_stats, bwd_apply = _backend.fwd_stats, _backend.fwd_apply, _backend.bwd_stats, _backend.bwd_apply
