@@ -122,8 +122,12 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
     dz = dy
     if activation is not None:
         # A barrier on y, or XLA recomputes it here from x and the residual: one more tensor read.
-        saved = None if saved is None else lax.optimization_barrier(saved)
-        dz = through_activation(x.astype(acc), dy.astype(acc), _wide_map(affine, x.ndim, axis), _cast(saved, acc), activation)
+        saved = None if saved is None else lax.optimization_barrier(saved).astype(acc)
+        if saved is not None and activation is jax.nn.relu:
+            # Positive where y is. LLVM unrolls a loop over 32 channels with the body of y > 0, and then does not vectorize it:
+            # 1.4 times the time of the whole layer, forward and backward.
+            saved = saved + jnp.abs(saved)
+        dz = through_activation(x.astype(acc), dy.astype(acc), _wide_map(affine, x.ndim, axis), saved, activation)
         # Relu's mask only keeps or drops; another derivative keeps its digits.
         dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
     if weights is not None:
