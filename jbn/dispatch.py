@@ -75,11 +75,12 @@ def _device():
 def on_one_device(fused: Callable, otherwise: Callable, *args: Any) -> Any:
     """fused(*args) in a program lowered for one device; elsewhere, and where that is None or mapped, otherwise(*args)."""
     leaves, tree = jax.tree.flatten(args)
-    if jax.eval_shape(fused, *args) is None:
+    traced = lambda fn: jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), return_shape=True)(*leaves)
+    fused_jaxpr, fitting = traced(fused)
+    if fitting is None:
         return otherwise(*args)
-    flat = lambda fn: jax.make_jaxpr(lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))))(*leaves)
-    out_tree = jax.tree.structure(jax.eval_shape(otherwise, *args))
-    return jax.tree.unflatten(out_tree, _on_one_device.bind(*leaves, fused=flat(fused), otherwise=flat(otherwise)))
+    jaxpr, out = traced(otherwise)
+    return jax.tree.unflatten(jax.tree.structure(out), _on_one_device.bind(*leaves, fused=fused_jaxpr, otherwise=jaxpr))
 
 
 _on_one_device = Primitive("jbn_on_one_device")
