@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jbn.kernels import blocks, gpu, pallas
 from jbn.kernels.blocks import Ring
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
-from jbn.kernels.mosaic_gpu_walk import Launch, Walk, chunk_stats, chunk_sums, dx_dz_of, in_flight, launch_p, options_of, y_of
+from jbn.kernels.mosaic_gpu_launch import Launch, launch_p, options_of
+from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, dx_dz_of, in_flight, y_of
 
 __all__ = ["bwd_apply", "bwd_fused", "bwd_stats", "fwd_apply", "fwd_fused", "fwd_stats", "unsupported", "unsupported_device"]
 

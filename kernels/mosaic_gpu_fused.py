@@ -18,20 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jbn.kernels import blocks, gpu
 from jbn.kernels.blocks import Ring
-from jbn.kernels.mosaic_gpu_walk import (
-    Launch,
-    Walk,
-    chunk_stats,
-    chunk_sums,
-    column_sum,
-    dx_dz_of,
-    in_flight,
-    launch_p,
-    load,
-    options_of,
-    store,
-    y_of,
-)
+from jbn.kernels.mosaic_gpu_launch import Launch, launch_p, options_of
+from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, column_sum, dx_dz_of, in_flight, load, store, y_of
 from jbn.kernels.seam import Affine, Device, Stats
 
 

@@ -1,52 +1,19 @@
-"""What the Mosaic GPU kernels are made of: the way of a program down its rows, with copies in flight, and their launch."""
+"""What the Mosaic GPU kernels are made of: the way of a program down its rows, with copies in flight."""
 
 import functools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.interpreters import mlir
 
-from jbn.kernels import blocks, gpu, pallas
+from jbn.kernels import blocks
 from jbn.kernels.blocks import Ring
 from jbn.kernels.seam import Affine, pre_activation, through_activation
-
-_PARAMS = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    # Of a sum across warps: 4 rows of a whole tile in float32.
-    reduction_scratch_bytes=16384,
-)
-
-
-def _dz(x, dy, affine, saved, activation):
-    saved = saved[0] if saved else None
-    if activation in _DERIVATIVES:
-        return dy * _DERIVATIVES[activation](pre_activation(x, affine, saved))
-    return through_activation(x, dy, affine, saved, activation)
-
-
-def _silu_derivative(z):
-    sigmoid = lax.logistic(z)
-    return sigmoid * (1 + z * (1 - sigmoid))
-
-
-def _gelu_derivative(z):
-    """Of 0.5 z (1 + tanh(inner)), with inner = sqrt(2 / pi) (z + 0.044715 z^3), which jax.nn.gelu is by default."""
-    inner = math.sqrt(2 / math.pi) * (z + 0.044715 * (z * z * z))
-    inner_derivative = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * (z * z))
-    tanh = jnp.tanh(inner)
-    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * inner_derivative
-
-
-# Mosaic GPU has no lowering for what JAX adds tangents with (add_any), so these are written out.
-_DERIVATIVES = {jax.nn.silu: _silu_derivative, jax.nn.gelu: _gelu_derivative}
 
 
 class Walk(NamedTuple):
@@ -252,6 +219,30 @@ def dx_dz_of(affine, slope, intercept, activation):
     return dx_dz
 
 
+def _dz(x, dy, affine, saved, activation):
+    saved = saved[0] if saved else None
+    if activation in _DERIVATIVES:
+        return dy * _DERIVATIVES[activation](pre_activation(x, affine, saved))
+    return through_activation(x, dy, affine, saved, activation)
+
+
+def _silu_derivative(z):
+    sigmoid = lax.logistic(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+def _gelu_derivative(z):
+    """Of 0.5 z (1 + tanh(inner)), with inner = sqrt(2 / pi) (z + 0.044715 z^3), which jax.nn.gelu is by default."""
+    inner = math.sqrt(2 / math.pi) * (z + 0.044715 * (z * z * z))
+    inner_derivative = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * (z * z))
+    tanh = jnp.tanh(inner)
+    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * inner_derivative
+
+
+# Mosaic GPU has no lowering for what JAX adds tangents with (add_any), so these are written out.
+_DERIVATIVES = {jax.nn.silu: _silu_derivative, jax.nn.gelu: _gelu_derivative}
+
+
 def layout(cols, vector):
     """Registers of a tile: a lane owns `vector` adjacent columns, a warp some rows, the four warps those below each other."""
     lane_rows = blocks.WARP * vector // cols
@@ -284,64 +275,3 @@ def store(ref, value):
 def in_flight(ring, arrays):
     yield "slots", tuple(plgpu.SMEM(ring.slots, a.dtype) for a in arrays)
     yield "landed", plgpu.Barrier(num_arrivals=len(arrays), num_barriers=ring.steps)
-
-
-def options_of(options):
-    return tuple(sorted(options.items()))
-
-
-class Launch(NamedTuple):
-    """One kernel call; hashable, so that it can be the parameter of a primitive."""
-
-    kernel: Callable
-    ring: Ring
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple
-    scratch: tuple[tuple[str, Any], ...]
-    options: tuple[tuple[str, Any], ...]
-    interpret: bool
-
-    def __call__(self, *operands):
-        if self.interpret and jax.__version_info__ < (0, 11):
-            raise NotImplementedError("implementation 'mosaic_gpu/interpret' needs JAX 0.11: older interpreters know no TMA")
-
-        def body(*refs, **scratch):
-            self.kernel(*refs, ring=self.ring, **dict(self.options), **scratch)
-
-        body.__name__ = f"jbn{self.kernel.__name__.removesuffix('_kernel')}"
-        return plgpu.kernel(
-            body,
-            out_type=[pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)],
-            scratch_types=dict(self.scratch),
-            grid=(self.ring.num_chunks, self.ring.num_columns),
-            grid_names=("chunk", "column"),
-            compiler_params=_PARAMS,
-            interpret=plgpu.InterpretGPUParams() if self.interpret else None,  # pyright: ignore[reportAttributeAccessIssue]
-        )(*operands)
-
-
-def _alone(launch, results, *operands):
-    """Interpreted, one launch at a time in this process: the interpreter keeps one state for all."""
-
-    def run(*operands):
-        with _INTERPRETER:
-            return [np.asarray(a) for a in _interpreted(*map(np.asarray, operands), launch=launch)]
-
-    return jax.pure_callback(run, [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results], *operands)
-
-
-_INTERPRETER = threading.Lock()
-
-
-@functools.partial(jax.jit, static_argnames="launch")
-def _interpreted(*operands, launch):
-    return launch(*operands)
-
-
-def _lower(context, launch, *operands):
-    # The interpreter has side effects on a state of its own, which the transformations around it need not know.
-    run = functools.partial(_alone, launch, context.avals_out) if launch.interpret else launch
-    return mlir.lower_fun(run, multiple_results=True)(context, *operands)
-
-
-launch_p = gpu.launch_primitive("jbn_mosaic_gpu", _lower)
