@@ -1,226 +1,33 @@
-"""The Triton kernels: in interpret mode against the oracle, and compiled for GPUs that are not here."""
+"""The Triton kernels: in interpret mode against the oracle, and compiled for GPUs that are not here.
+
+What they have in common with those of Mosaic: test_gpu_kernels.py.
+"""
 
 import functools
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import kernel_grid
-import numpy as np
-import oracle
 import pytest
-from jax.sharding import PartitionSpec
+from gpu_functions import backward, both, compiled, forward, launches
 
-import jbn
-from jbn.bench import hlo, targets
 from jbn.kernels import triton
-from jbn.kernels.seam import Affine, Pull
-
-INTERPRET = "triton/interpret"
 
 
 @pytest.mark.parametrize("case", kernel_grid.parameters())
 def test_equals_oracle(case):
-    kernel_grid.check(INTERPRET, case)
-
-
-def test_images():
-    kernel_grid.check(INTERPRET, kernel_grid.Case(24, 210, "bfloat16", "relu", True, True), (5, 7, 6, 24))
-
-
-def _stats(x):
-    """(mean, var, y) in float64, y by the kernel's own statistics."""
-    stats = triton.fwd_stats(jnp.asarray(x), None, None, axis=(1,), interpret=True)
-    gain = 1 / jnp.sqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, stats.offset, gain, jnp.zeros_like(gain))
-    y = triton.fwd_apply(jnp.asarray(x), affine, None, axis=(1,), activation=None, dtype=x.dtype, interpret=True)
-    as64 = functools.partial(np.asarray, dtype=np.float64)
-    return as64(stats.shift) + as64(stats.offset), as64(stats.m2) / as64(stats.count), as64(y)
-
-
-@pytest.mark.parametrize("rows", [999, 12544])
-def test_keeps_its_digits_at_a_large_mean(rows):
-    x = np.random.default_rng(0).normal(1e4, 1, (rows, 24)).astype(np.float32)
-    (mean, var, y), m = _stats(x), oracle.moments(x)
-    np.testing.assert_allclose(var, oracle.variance(m), rtol=1e-6)
-    np.testing.assert_allclose(mean, m.mean, rtol=0, atol=1e-6)  # a float32 alone holds this mean to 5e-4
-    np.testing.assert_allclose(y, oracle.forward(x)[0], rtol=0, atol=1e-5)
-
-
-def test_zero_first_row_before_a_million_at_a_large_mean():
-    x = np.random.default_rng(0).normal(1e4, 1, (2**20, 1)).astype(np.float32)
-    x[0] = 0
-    np.testing.assert_allclose(_stats(x)[1], oracle.variance(oracle.moments(x)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nonfinite_first_row_stays_in_its_channels(bad):
-    """Folded by 8 rows, so that neighbours in memory are other rows of the same channels."""
-    x = np.random.default_rng(0).normal(100, 1, (256, 8)).astype(np.float32)
-    x[0, :3] = bad
-    mean, var, y = _stats(x)
-    assert not np.isfinite(mean[:3]).any()
-    assert not np.isfinite(var[:3]).any()
-    want = oracle.forward(x[:, 3:])[0]
-    np.testing.assert_allclose(y[:, 3:], want, rtol=0, atol=1e-5)
-
-
-def test_dtypes_of_each_array_are_their_own():
-    """x in bfloat16, y and dy in float32, the residual in float16; each cotangent in the dtype of what it belongs to."""
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((96, 40)).astype(jnp.bfloat16)
-    residual = generator.standard_normal(x.shape).astype(np.float16)
-    dy = generator.standard_normal(x.shape).astype(np.float32)
-    params, state = jbn.init(40)
-
-    @jax.jit
-    def run(x, residual, dy):
-        known = {"activation": jax.nn.silu, "dtype": jnp.float32, "implementation": INTERPRET}
-        layer = lambda x, residual: jbn.batch_norm_train(x, params, state, residual=residual, **known)[0]
-        y, pull = jax.vjp(layer, x, residual)
-        return y, *pull(dy)
-
-    y, dx, dresidual = run(x, residual, dy)
-    want_y, _ = oracle.forward(x, residual=residual, activation="silu")
-    want = oracle.backward(x, dy, residual=residual, activation="silu")
-    assert (y.dtype, dx.dtype, dresidual.dtype) == (jnp.float32, jnp.bfloat16, jnp.float16)
-    np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-5 * np.abs(want_y).max())
-    for got, of, rounding in ((dx, want.x, 2.0**-8), (dresidual, want.residual, 2.0**-11)):
-        np.testing.assert_allclose(np.asarray(got, np.float64), of, rtol=rounding, atol=1e-5 * np.abs(of).max())
-
-
-# Transformations: what the kernels give under each is what XLA's own implementation gives.
-
-
-def _loss(implementation, x, params, residual):
-    _, state = jbn.init(8)
-    known = {"activation": jax.nn.silu, "eps": 1e-2, "implementation": implementation}
-    y, state = jbn.batch_norm_train(x, params, state, residual=residual, **known)
-    return (y**3).sum() + 3 * state.var.sum()
-
-
-def _vmap(loss, *arguments):
-    return jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, 0))(*arguments)
-
-
-def _vmap_twice(loss, x, params, residual):
-    return jax.vmap(jax.vmap(loss, (1, None, 1)), (0, None, 0))(x, params, residual)
-
-
-def _grad_of_grad(loss, x, params, residual):
-    return jax.grad(lambda x: (jax.grad(loss)(x, params, residual[0]) ** 2).sum())(x[0])
-
-
-def _jvp_of_grad(loss, x, params, residual):
-    return jax.jvp(lambda x: jax.grad(loss)(x, params, residual[0]), (x[0],), (x[1],))
-
-
-def _remat(loss, x, params, residual):
-    return jax.grad(jax.checkpoint(loss), (0, 1, 2))(x[0], params, residual[0])
-
-
-def _scan(loss, x, params, residual):
-    def total(params):
-        return jax.lax.scan(lambda sum, each: (sum + loss(each[0], params, each[1]), None), 0.0, (x, residual))[0]
-
-    return jax.grad(total)(params)
-
-
-@pytest.mark.parametrize("transformed", [_vmap, _vmap_twice, _grad_of_grad, _jvp_of_grad, _remat, _scan])
-def test_transformations(transformed):
-    x, residual = np.random.default_rng(0).normal(3, 1, (2, 3, 16, 5, 8)).astype(np.float32)
-    params = jbn.Params(jnp.linspace(0.5, 1.5, 8), jnp.linspace(-1, 1, 8))
-    run = lambda name: jax.jit(functools.partial(transformed, functools.partial(_loss, name)))(x, params, residual)
-    for got, want in zip(jax.tree.leaves(run(INTERPRET)), jax.tree.leaves(run("xla")), strict=True):
-        # Both round in float32, sums of 80 terms in another order; second derivatives multiply such sums.
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(check_vma):
-    """Results vary as x does, so that the default check passes; statistics and gradients are the whole batch's."""
-    generator = np.random.default_rng(0)
-    x, residual, dy = generator.standard_normal((3, 32, 3, 8)).astype(np.float32)
-    params, state = jbn.init(8)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    data, same = PartitionSpec("data"), PartitionSpec()
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(same, data, data), out_specs=(data, same), check_vma=check_vma)
-    def layer(params, x, residual):
-        known = {"activation": jax.nn.relu, "axis_name": "data", "implementation": INTERPRET}
-        return jbn.batch_norm_train(x, params, state, residual=residual, **known)
-
-    @jax.jit
-    def run(params, x, residual, dy):
-        y, pull, _ = jax.vjp(layer, params, x, residual, has_aux=True)
-        return y, pull(dy)
-
-    y, (dparams, dx, _) = run(params, x, residual, dy)
-    want = oracle.backward(x, dy, residual=residual, activation="relu")
-    np.testing.assert_allclose(y, oracle.forward(x, residual=residual, activation="relu")[0], atol=1e-5)
-    np.testing.assert_allclose(dx, want.x, atol=1e-5)
-    np.testing.assert_allclose(dparams.bias, want.bias, atol=1e-4)
-
-
-# What the kernels do not take.
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis", "dtype", "reason"),
-    [
-        ((4, 3, 5), 1, jnp.float32, r"channels last, not axis \(1,\)"),
-        ((4, 3), (0, 1), jnp.bfloat16, r"channels last, not axis \(0, 1\)"),
-    ],
-)
-def test_unsupported_layouts_say_so(shape, axis, dtype, reason):
-    features = tuple(np.array(shape)[np.atleast_1d(axis)])
-    with pytest.raises(NotImplementedError, match=rf"'triton/interpret' takes {reason}.*: use implementation=None"):
-        jbn.batch_norm_eval(jnp.ones(shape, dtype), *jbn.init(features), axis=axis, implementation=INTERPRET)
-
-
-@pytest.mark.x64
-def test_float64_is_unsupported():
-    with pytest.raises(NotImplementedError, match="takes float32, bfloat16 and float16, not float64"):
-        jbn.batch_norm_eval(jnp.ones((4, 3), jnp.float64), *jbn.init(3), implementation=INTERPRET)
+    kernel_grid.check("triton/interpret", case)
 
 
 # Compiled for GPUs that are not here.
 
 
-def _forward(activation, with_residual, x, affine, dy, residual):
-    stats = triton.fwd_stats(x, None, None, axis=(1,), interpret=False)
-    known = {"axis": (1,), "activation": activation, "dtype": x.dtype, "interpret": False}
-    return stats, triton.fwd_apply(x, affine, residual if with_residual else None, **known)
-
-
-def _backward(activation, with_residual, x, affine, dy, residual):
-    known = {"saved": residual if with_residual else None, "weights": None, "axis": (1,), "activation": activation}
-    sums = triton.bwd_stats(x, dy, affine, **known, interpret=False)
-    residual_dtype = x.dtype if with_residual else None
-    pull = Pull(affine.gain, affine.bias)
-    return sums, triton.bwd_apply(x, dy, affine, pull=pull, residual_dtype=residual_dtype, **known, interpret=False)
-
-
-def _compile(target, fn, activation, with_residual, shape, dtype, **options):
-    x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    # XLA gives up where a register is spilled.
-    options["xla_gpu_fail_ptx_compilation_on_register_spilling"] = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # that of the Triton backend is silenced where it arises
-        fn = functools.partial(fn, activation, with_residual)
-        return targets.compile_for(target, fn, x, Affine(*[vector] * 4), x, x, compiler_options=options)
-
-
 @pytest.mark.aot("jax_cuda13_plugin")
-@pytest.mark.parametrize(("fn", "passes"), [(_forward, 3), (_backward, 5)])
-def test_passes_over_memory_and_wide_loads(fn, passes, tmp_path):
-    shape, dtype = (128 * 28 * 28, 512), jnp.bfloat16
+@pytest.mark.parametrize("fn", [forward, backward])
+def test_wide_loads(fn, tmp_path):
     dump = {"xla_dump_to": str(tmp_path), "xla_gpu_dump_llvmir": True, "xla_dump_emitter_re": ".*"}
-    compiled = _compile("h200", fn, jax.nn.relu, False, shape, dtype, **dump)
-    moved = hlo.moved(hlo.operations(compiled.as_text()))
-    # Beside x: 12 bytes of partial results for every 512 rows, written, and read some four times.
-    assert passes <= moved / (np.prod(shape) * 2) <= passes + 0.1
+    compiled("h200", functools.partial(fn, triton, jax.nn.relu, False), (128 * 28 * 28, 512), jnp.bfloat16, **dump)
     ptx = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
     bodies = re.findall(r"\.entry (jbn_\w+)\((.*?)(?=\.entry|\Z)", ptx, re.S)
     assert len(bodies) == 2, [name for name, _ in bodies]
@@ -243,26 +50,11 @@ CASES = [
 @pytest.mark.aot("jax_cuda13_plugin")
 @pytest.mark.parametrize(("dtype", "shape", "activation", "with_residual"), CASES)
 def test_compiles_for_h200_without_spills(dtype, shape, activation, with_residual):
-    both = lambda *arguments: (_forward(*arguments), _backward(*arguments))
-    text = _compile("h200", both, activation, with_residual, shape, dtype).as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 4
+    assert launches(compiled("h200", functools.partial(both, triton, activation, with_residual), shape, dtype), "triton") == 4
 
 
 @pytest.mark.aot("jax_cuda13_plugin")
-@pytest.mark.parametrize("fn", [_forward, _backward])
+@pytest.mark.parametrize("fn", [forward, backward])
 def test_compiles_for_a100_without_spills(fn):
-    text = _compile("a100", fn, jax.nn.relu, False, (12544, 1024), jnp.bfloat16).as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
-
-
-@pytest.mark.aot("jax_cuda13_plugin")
-def test_vmap_compiles_for_h200():
-    """One launch of each kernel, the mapped axis in its grid."""
-    params, state = jbn.init(64)
-
-    def run(x):
-        return jax.vmap(lambda x: jbn.batch_norm_train(x, params, state, implementation="triton")[0])(x)
-
-    x = jax.ShapeDtypeStruct((3, 256, 64), jnp.bfloat16)
-    text = targets.compile_for("h200", run, x).as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+    fn = functools.partial(fn, triton, jax.nn.relu, False)
+    assert launches(compiled("a100", fn, (12544, 1024), jnp.bfloat16), "triton") == 2
