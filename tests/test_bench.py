@@ -99,11 +99,11 @@ class _Clock:
     """A machine whose time passes only while contestants run."""
 
     def __init__(self):
-        self.now, self.slowness, self.order = 0.0, 1.0, []
+        self.now, self.slowness, self.order = 0.0, 1.0, []  # order: (name, input set) of each call
 
     def contestant(self, name, seconds):
         def run(i):
-            self.order.append(name)
+            self.order.append((name, i))
             self.now += seconds * self.slowness
             return i
 
@@ -116,9 +116,9 @@ def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
     contestants = [clock.contestant("a", 0.5), clock.contestant("b", 1.0), clock.contestant("c", 2.0)]
     one, rounds = timing._one, iter(range(100))
 
-    def disturbed(contestant, calls):
+    def disturbed(*args):
         clock.slowness = 10.0 if next(rounds) // 3 % 3 == 1 else 1.0  # every third round, for everybody
-        return one(contestant, calls)
+        return one(*args)
 
     monkeypatch.setattr(timing, "_one", disturbed)
     samples = timing.measure(contestants, rounds=9, seconds=1.0)
@@ -127,7 +127,7 @@ def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
     assert samples["b"].quartiles == (1, 1, 10)
     calls = clock.order[9:]  # after two of warm-up and one of calibration for each
     found = [calls[start : start + 7] for start in range(0, len(calls), 7)]  # a: 1 + 2, b and c: 1 + 1, the first untimed
-    assert all(set(each) == {"a", "b", "c"} for each in found)
+    assert [set(each) for each in found] == [{(name, r) for name in "abc"} for r in range(9)]
     assert len(set(map(tuple, found))) > 3  # more than a rotation, in which the same one always comes before
 
 

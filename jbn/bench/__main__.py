@@ -62,7 +62,7 @@ def _op(options):
     if not problems:
         print(f"--filter {options.filter!r} leaves nothing", file=sys.stderr)
         return 2
-    pace = {"rounds": 101, "seconds": 0.002, "limit": 2.5} if options.quick else {"rounds": 21, "seconds": 0.02}
+    pace = {"rounds": 201, "seconds": 0.002, "limit": 3.5} if options.quick else {"rounds": 21, "seconds": 0.02}
     if options.repeats:
         pace |= {"rounds": options.repeats, "limit": math.inf}
     rows = []

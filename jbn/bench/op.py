@@ -12,6 +12,7 @@ from jbn.bench.cases import Problem
 
 # Larger than the last-level cache of any GPU several times over, so that no input is found in it by accident.
 _GPU_CACHE = 4 * 50 * 2**20
+_CPU_SETS = 4
 REFERENCE = "flax.linen"
 
 
@@ -32,7 +33,7 @@ def measure(
     """
     backend = jax.default_backend()
     for problem in problems:
-        input_sets = 1 if backend == "cpu" else max(2, min(16, -(-_GPU_CACHE // problem.nbytes)))
+        input_sets = _CPU_SETS if backend == "cpu" else max(2, min(16, -(-_GPU_CACHE // problem.nbytes)))
         runs = [_contestant(peer, problem, input_sets, backend) for peer in contestants]
         present = [run for run in runs if run is not None]
         copy = timing.Contestant("copy", peers.copy(problem, input_sets), jax.block_until_ready, _jax_clock(backend), "copy")

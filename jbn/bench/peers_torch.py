@@ -47,8 +47,8 @@ def _builder(device, *, channels_last, compiled=False):
         if not channels_last and len(problem.case.shape) != 4:
             return None  # there is only one layout
         dtype = getattr(torch, problem.dtype)
-        generator = torch.Generator(device).manual_seed(0)
-        inputs = [_inputs(problem, generator, device, dtype, channels_last) for _ in range(input_sets)]
+        first = _inputs(problem, device, dtype, channels_last)
+        inputs = [[a.detach().clone().requires_grad_(a.requires_grad) for a in first] for _ in range(input_sets)]
         weight, bias = torch.ones(problem.case.features, device=device), torch.zeros(problem.case.features, device=device)
         stats = torch.zeros(problem.case.features, device=device), torch.ones(problem.case.features, device=device)
         step = function(problem)
@@ -83,11 +83,12 @@ def function(problem: Problem) -> Callable:
     return forward_backward if mode == "forward_backward" else forward
 
 
-def _inputs(problem, generator, device, dtype, channels_last):
+def _inputs(problem, device, dtype, channels_last):
     """(x, residual, dy): x as torch indexes it, channels second, in either layout."""
     shape = problem.case.shape
     if problem.case.channels_last and len(shape) > 2:
         shape = (shape[0], shape[-1], *shape[1:-1])
+    generator = torch.Generator(device).manual_seed(0)
     x, residual, dy = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
     x = x * 2 + 0.5
     if channels_last and len(shape) == 4:
