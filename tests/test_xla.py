@@ -108,3 +108,15 @@ def test_no_full_size_temporaries(dtype, activation, add):
         assert memory is not None
         temporaries = memory.temp_size_in_bytes / (x.size * x.dtype.itemsize)
         assert temporaries < 0.05, f"{name}: temporaries of {temporaries:.2f} times x"
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_relu_mask_is_linear_about_a_zero_cotangent(with_residual):
+    """The mask is written such that dy is read twice, and compared to zero: its tangent must not be."""
+    x, y, t = draw(*SHAPE), jax.nn.relu(draw(*SHAPE, seed=4)), draw(*SHAPE, seed=5)
+    affine, _, _ = affine_of(x, AXIS, 1e-3)
+    known = {"saved": y if with_residual else None, "weights": None, "axis": AXIS, "activation": jax.nn.relu}
+    dx = lambda dy: xla.bwd_apply(x, dy, affine, pull=None, residual_dtype=None, **known)[0]
+    _, along = jax.jvp(dx, (jnp.zeros_like(t),), (t,))
+    np.testing.assert_array_equal(along, dx(t))
+    assert 0.3 < (along != 0).mean() < 0.7
