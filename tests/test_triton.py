@@ -12,11 +12,16 @@ import kernel_grid
 import pytest
 from gpu_functions import backward, both, compiled, forward, launches
 
-from jbn.kernels import triton
+from jbn.kernels import blocks, triton
+
+LARGE = 1e7  # elements
 
 
 @pytest.mark.parametrize("case", kernel_grid.parameters())
-def test_equals_oracle(case):
+def test_equals_oracle(case, monkeypatch):
+    if case.rows * case.channels > LARGE:
+        # The interpreter copies whole arrays for every tile: 12544x2048 would take half an hour. Larger tiles, the same walk.
+        monkeypatch.setattr(blocks, "NUM_WARPS", 256)
     kernel_grid.check("triton/interpret", case)
 
 
