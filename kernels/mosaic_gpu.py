@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jbn.kernels import blocks, gpu, pallas
 from jbn.kernels.blocks import Ring
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
-from jbn.kernels.mosaic_gpu_launch import Launch, launch_p, options_of
+from jbn.kernels.mosaic_gpu_launch import Launch, launch_p
 from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, dx_dz_of, in_flight, y_of
 
 __all__ = ["bwd_apply", "bwd_fused", "bwd_stats", "fwd_apply", "fwd_fused", "fwd_stats", "unsupported", "unsupported_device"]
@@ -101,7 +101,7 @@ def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
         *([("arrived", plgpu.Barrier())] if vectors else []),
     )
     dtypes = (jnp.dtype(jnp.float32),) * num_results
-    launch = Launch(kernel, ring, shapes, dtypes, scratch, options_of(options), interpret)
+    launch = Launch(kernel, ring, shapes, dtypes, scratch, tuple(options.items()), interpret)
     return ring, [partial[:, : ring.width] for partial in launch_p.bind(*arrays, *vectors, launch=launch)]
 
 
@@ -113,7 +113,7 @@ def _map(kernel, arrays, vectors, dtypes, interpret, **options):
         ("arrived", plgpu.Barrier()),
         ("leaving", tuple(plgpu.SMEM(ring.slots, dtype) for dtype in dtypes)),
     )
-    launch = Launch(kernel, ring, (arrays[0].shape,) * len(dtypes), dtypes, scratch, options_of(options), interpret)
+    launch = Launch(kernel, ring, (arrays[0].shape,) * len(dtypes), dtypes, scratch, tuple(options.items()), interpret)
     return launch_p.bind(*arrays, *vectors, launch=launch)
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jbn.kernels import blocks, gpu
 from jbn.kernels.blocks import Ring
-from jbn.kernels.mosaic_gpu_launch import Launch, launch_p, options_of
+from jbn.kernels.mosaic_gpu_launch import Launch, launch_p
 from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, column_sum, dx_dz_of, in_flight, load, store, y_of
 from jbn.kernels.seam import Affine, Device, Stats
 
@@ -159,7 +159,7 @@ def bwd_fused(
     leaving = ("leaving", tuple(plgpu.SMEM(ring.slots, d) for d in dtypes))
     scratch = (*in_flight(ring, arrays), *_vectors(ring, 7), leaving)
     shapes = (*(arrays[0].shape,) * len(dtypes), *(_partial_shape(ring),) * 2, *((channels,),) * 2)
-    options = options_of({"activation": activation, "num_inputs": len(arrays)})
+    options = (("activation", activation), ("num_inputs", len(arrays)))
     all_dtypes = (*dtypes, *(jnp.dtype(jnp.float32),) * 4)
     launch = Launch(_bwd_fused_kernel, ring, shapes, all_dtypes, scratch, options, interpret)
     shift, _, gain, folded_bias = affine.folded()

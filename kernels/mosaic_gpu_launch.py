@@ -20,10 +20,6 @@ _PARAMS = plgpu.CompilerParams(
 )
 
 
-def options_of(options):
-    return tuple(sorted(options.items()))
-
-
 class Launch(NamedTuple):
     """One kernel call; hashable, so that it can be the parameter of a primitive."""
 

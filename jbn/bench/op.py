@@ -12,7 +12,7 @@ from jbn.bench.cases import Problem
 
 # Larger than the last-level cache of any GPU several times over, so that no input is found in it by accident.
 _GPU_CACHE = 4 * 50 * 2**20
-_CPU_SETS = 4
+_CPU_SETS = 4  # in turn, a round each
 REFERENCE = "flax.linen"
 
 
