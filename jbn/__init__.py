@@ -1,13 +1,12 @@
-"""Batch normalization for JAX: pure functions over explicit state, and drop-in Flax modules.
+"""Batch normalization for JAX: pure functions over explicit state, drop-in Flax modules, and tools around them."""
 
-`jbn.linen` and `jbn.nnx` hold the modules; the tools (`jbn.fold`, `jbn.convert`, ...) are imported by name.
-"""
-
-import importlib
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jbn.functional import (
     batch_norm_eval,
     batch_norm_train,
+    batch_renorm_train,
     init,
     merge_moments,
     moments,
@@ -15,8 +14,12 @@ from jbn.functional import (
     psum_moments,
     update_state,
 )
-from jbn.renorm import batch_renorm_train
 from jbn.types import Moments, Params, State
+
+if _TYPE_CHECKING:
+    from jbn import convert, fold, health, linen, nnx, plot, policy, recalibrate
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Moments",
@@ -25,17 +28,31 @@ __all__ = [
     "batch_norm_eval",
     "batch_norm_train",
     "batch_renorm_train",
+    "convert",
+    "fold",
+    "health",
     "init",
+    "linen",
     "merge_moments",
     "moments",
+    "nnx",
     "normalize",
+    "plot",
+    "policy",
     "psum_moments",
+    "recalibrate",
     "update_state",
 ]
 
+# Imported at first use: `import jbn` imports neither Flax nor matplotlib.
+_LAZY = ("convert", "fold", "health", "linen", "nnx", "plot", "policy", "recalibrate")
 
-def __getattr__(name):
-    """`jbn.linen` and `jbn.nnx` on first use, so that `import jbn` does not import Flax."""
-    if name in ("linen", "nnx"):
-        return importlib.import_module(f"jbn.{name}")
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return _importlib.import_module(f"jbn.{name}")
     raise AttributeError(f"module 'jbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "bench", "functional", "types"]

@@ -1,16 +1,15 @@
 """Batch normalization as pure functions over explicit state."""
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers
 
-from jbn import autodiff, ghost, partition, running, stats, validate
-from jbn.kernels.seam import FUSED, accumulator
+from jbn.core import layer, renorm, running, stats, validate
+from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
 
 
@@ -124,7 +123,75 @@ def batch_norm_train(
         dtype=dtype,
         implementation=implementation,
     )
-    return train(x, params, state, **arguments)
+    return layer.train(x, params, state, **arguments)
+
+
+def batch_renorm_train(
+    x: Array,
+    params: Params,
+    state: State,
+    *,
+    r_max: float | Array,
+    d_max: float | Array,
+    axis: int | Sequence[int] = -1,
+    momentum: float | Array | None = 0.99,
+    eps: float | Array = 1e-5,
+    weights: Array | None = None,
+    residual: Array | None = None,
+    activation: Callable[[Array], Array] | None = None,
+    axis_name: Hashable | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Array, State]:
+    """Normalize by the statistics of the batch, corrected toward the running ones, and fold the batch into the state.
+
+        r = clip(std / running std, 1 / r_max, r_max)           std = sqrt(var + eps), for both
+        d = clip((mean - running mean) / running std, -d_max, d_max)
+        y = activation(((x - mean) / std * r + d) * scale + bias + residual)
+
+    r and d are constants to the derivative; the running statistics are those before the update.  With r_max = 1 and
+    d_max = 0 this is `batch_norm_train`, bit for bit; with both infinite, y is what inference computes.  Small or
+    dependent batches gain from it.  Raise both limits slowly (the paper: r_max from 1 to 3, d_max from 0 to 5), as traced
+    values, so that a schedule compiles once.
+
+    Args:
+        x, params, state: as in `batch_norm_train`.
+        r_max: limit of the correction of the standard deviation, >= 1; may be traced.
+        d_max: limit of the correction of the mean, in running standard deviations, >= 0; may be traced.
+        axis, momentum, eps, weights, residual, activation, axis_name, axis_index_groups, unbiased, skip_nonfinite, dtype,
+            implementation: as in `batch_norm_train`. There are no virtual batches: making them small is what hurts.
+
+    Returns:
+        (y, state), as `batch_norm_train`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `batch_norm_train`, and for limits out of range.
+
+    Reference: Ioffe 2017, algorithm 1.
+    """
+    validate.limits(r_max, d_max)
+    x, arguments = checked(
+        x,
+        params,
+        state,
+        axis=axis,
+        momentum=momentum,
+        eps=eps,
+        weights=weights,
+        residual=residual,
+        activation=activation,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=None,
+        unbiased=unbiased,
+        skip_nonfinite=skip_nonfinite,
+        dtype=dtype,
+        implementation=implementation,
+    )
+    return renorm.train(x, params, state, r_max=r_max, d_max=d_max, **arguments)
 
 
 def batch_norm_eval(
@@ -152,13 +219,13 @@ def batch_norm_eval(
     axis = validate.axis(axis, x.ndim)
     validate.parameters(params, state, x, axis)
     validate.epsilon(eps)
-    config = Config(
+    config = layer.Config(
         axis=axis,
         activation=validate.activation(activation),
         dtype=validate.output_dtype(dtype, x),
         implementation=validate.implementation(implementation),
     )
-    return evaluate(x, params, state, config=config, eps=eps, residual=validate.residual(residual, x))
+    return layer.evaluate(x, params, state, config=config, eps=eps, residual=validate.residual(residual, x))
 
 
 def normalize(
@@ -204,7 +271,7 @@ def moments(x: Array, *, axis: int | Sequence[int] = -1, weights: Array | None =
     x = validate.array(x, "x")
     axis = validate.axis(axis, x.ndim)
     validate.nonempty(x, axis)
-    return _moments(x, validate.weights(weights, x), axis=axis)
+    return layer.moments(x, validate.weights(weights, x), axis=axis)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -227,9 +294,7 @@ def psum_moments(m: Moments, axis_name: Hashable, axis_index_groups: Sequence[Se
     """
     validate.moments(m)
     validate.mapped_axis(axis_name)
-    local = stats.Stats(m.count, m.mean, jnp.zeros_like(m.mean), m.m2)
-    count, shift, offset, m2 = stats.psum_stats(local, axis_name, validate.groups(axis_index_groups, axis_name))
-    return Moments(count, shift + offset, m2)
+    return stats.psum_moments(m, axis_name, validate.groups(axis_index_groups, axis_name))
 
 
 def update_state(
@@ -254,21 +319,7 @@ def update_state(
     validate.moments(m)
     validate.same_features(state, m)
     validate.update(momentum)
-    return running.fold(state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite)
-
-
-class Config(NamedTuple):
-    """What the unvalidated core needs to know before tracing."""
-
-    axis: tuple[int, ...]
-    activation: Callable | None
-    dtype: Any
-    implementation: str | None = None
-    axis_name: Hashable | None = None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    virtual_batch_size: int | None = None
-    unbiased: bool = False
-    skip_nonfinite: bool = False
+    return running.update(state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite)
 
 
 def checked(
@@ -299,7 +350,7 @@ def checked(
     weights = validate.weights(weights, x)
     validate.mapped_axis(axis_name)
     validate.batch(x, axis, weights, axis_name, virtual_batch_size)
-    config = Config(
+    config = layer.Config(
         axis=axis,
         activation=validate.activation(activation),
         dtype=validate.output_dtype(dtype, x),
@@ -312,75 +363,3 @@ def checked(
     )
     residual = validate.residual(residual, x)
     return x, {"config": config, "momentum": momentum, "eps": eps, "weights": weights, "residual": residual}
-
-
-def train(x, params, state, *, config: Config, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
-    """`batch_norm_train` without the checks, for the modules."""
-    fused, after = split_activation(config)
-    y, new_state = _train(x, params, state, running.decay(momentum), eps, weights, residual, config=fused)
-    return y if after is None else after(y).astype(config.dtype), new_state
-
-
-def evaluate(x, params, state, *, config: Config, eps, residual=None) -> Array:
-    """`batch_norm_eval` without the checks, for the modules."""
-    fused, after = split_activation(config)
-    y = _eval(x, params, state, eps, residual, config=fused)
-    return y if after is None else after(y).astype(config.dtype)
-
-
-def split_activation(config):
-    """Activations that are not fused stay outside the jit and the derivative rule, so closures over tracers work."""
-    if config.activation is None or config.activation in FUSED:
-        return config, None
-    return config._replace(activation=None), config.activation
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _train(x, params, state, decay, eps, weights, residual, *, config):
-    spec, operands = _operands(x, params, eps, residual, config)
-    weights = None if weights is None else jax.lax.stop_gradient(weights)
-    guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
-    operands, weights, guess = stats.vary_alike((operands, weights, guess))
-    if config.virtual_batch_size is None:
-        y, batch = autodiff.batch_norm(spec, operands, weights, guess)
-    else:
-        y, batch = ghost.batch_norm(spec, operands, weights, guess, config.virtual_batch_size)
-    m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
-    return y, running.fold(state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _eval(x, params, state, eps, residual, *, config):
-    spec, operands = _operands(x, params, eps, residual, config)
-    acc = operands.scale.dtype
-    mean, var = stats.split_alike((state.mean.astype(acc), state.var.astype(acc)), x, config.axis)
-    return autodiff.normalize(spec, *stats.vary_alike((operands, mean, var)))
-
-
-def _operands(x, params, eps, residual, config):
-    """The static and the dynamic arguments of the derivative rule, every vector in the accumulator's dtype."""
-    acc = accumulator(x.dtype)
-    features = tuple(x.shape[a] for a in config.axis)
-    scale = jnp.ones(features, acc) if params.scale is None else params.scale.astype(acc)
-    bias = jnp.zeros(features, acc) if params.bias is None else params.bias.astype(acc)
-    scale, bias = stats.split_alike((scale, bias), x, config.axis)
-    residual = stats.split_alike(residual, x, tuple(range(x.ndim)))
-    operands = autodiff.Operands(x, scale, bias, residual, jnp.asarray(eps).astype(acc))
-    spec = autodiff.Spec(
-        axis=config.axis,
-        activation=config.activation,
-        dtype=config.dtype,
-        implementation=config.implementation,
-        residual_dtype=None if residual is None else residual.dtype,
-        axis_name=config.axis_name,
-        axis_index_groups=config.axis_index_groups,
-    )
-    return spec, stats.vary_alike(operands)
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def _moments(x, weights, *, axis):
-    guess = jnp.zeros(tuple(x.shape[a] for a in axis), accumulator(x.dtype))
-    x, guess, weights = stats.vary_alike((x, guess, weights))
-    count, shift, offset, m2 = partition.fwd_stats(None, x, guess, weights, axis=axis)
-    return Moments(count, shift + offset, m2)

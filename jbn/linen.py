@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jbn import flax_common
+from jbn.core import flax_common
 from jbn.types import Params, State
 
 

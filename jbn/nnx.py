@@ -12,7 +12,7 @@ from flax.nnx.nn import dtypes
 from jax import Array, lax
 from jax.nn import initializers
 
-from jbn import flax_common
+from jbn.core import flax_common
 from jbn.types import Params, State
 
 

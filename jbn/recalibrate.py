@@ -20,7 +20,8 @@ import numpy as np
 from flax import linen, nnx
 from jax import Array
 
-from jbn import flax_common, functional, stats
+from jbn import functional
+from jbn.core import flax_common, stats
 from jbn.types import Moments, State
 
 _Found = dict[Any, Moments]

@@ -47,7 +47,7 @@ class Backend(NamedTuple):
         """y = activation((x - mean) * gain + bias + residual)."""
         del axis
         arrays, factor = self._folded(x, residual)
-        vectors = [_stack(affine, (), factor)]
+        vectors = [_stack(affine, factor)]
         (y,) = self.map(self.fwd_apply_kernel, arrays, vectors, (jnp.dtype(dtype),), interpret, activation=activation)
         return y.reshape(x.shape)
 
@@ -58,10 +58,10 @@ class Backend(NamedTuple):
         del axis
         assert weights is None, "weighted sums run on XLA"
         arrays, factor = self._folded(x, dy, saved)
-        vectors = [_stack(affine, (), factor)]
+        vectors = [_stack(affine, factor)]
         _, partials = self.reduce(self.bwd_stats_kernel, arrays, vectors, 2, interpret, activation=activation)
         sum_dz, sum_dz_x = (p.sum(0) for p in pallas.unfold(partials, factor))
-        return sum_dz, sum_dz_x - affine.offset * sum_dz
+        return sum_dz, sum_dz_x
 
     def bwd_apply(
         self,
@@ -81,8 +81,8 @@ class Backend(NamedTuple):
         del axis
         assert weights is None, "weighted gradients run on XLA"
         arrays, factor = self._folded(x, dy, saved)
-        slope, intercept = (jnp.zeros_like(affine.gain),) * 2 if pull is None else pull
-        vectors = [_stack(affine, (slope, intercept - slope * affine.offset), factor)]
+        pull = (jnp.zeros_like(affine.gain),) * 2 if pull is None else pull
+        vectors = [_stack((*affine, *pull), factor)]
         dtypes = cotangent_dtypes(x, activation, residual_dtype)
         options = {"activation": activation, "num_inputs": len(arrays)}
         return cotangents(self.map(self.bwd_apply_kernel, arrays, vectors, dtypes, interpret, **options), x, dy, residual_dtype)
@@ -108,10 +108,9 @@ def cotangents(stored: Sequence[Array], x: Array, dy: Array, residual_dtype: Any
     return dx, dz[0] if dz else dy.astype(residual_dtype)
 
 
-def _stack(affine, others, factor):
+def _stack(vectors, factor):
     """Per-channel vectors as one operand [vectors, width]: one small fusion of XLA's, however many there are."""
-    shift, _, gain, bias = affine.folded()
-    return jnp.tile(jnp.stack((shift, gain, bias, *others)), (1, factor))
+    return jnp.tile(jnp.stack(vectors), (1, factor))
 
 
 def launch_primitive(name: str, lower: Callable) -> Primitive:

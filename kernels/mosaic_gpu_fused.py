@@ -35,8 +35,8 @@ def _fwd_fused_kernel(*refs, ring: Ring, activation, bounce, vectors, arrived, *
     shift, offset, m2 = (walk.spread(vectors.at[k]) for k in range(3))
     walk.load_vectors(params_ref, vectors, arrived)
     scale, bias, eps = (walk.spread(vectors.at[k]) for k in range(3))
-    affine = Affine(shift, offset, scale * lax.rsqrt(m2 * (1 / ring.rows) + eps), bias).folded()
-    walk.rewrite(y_of(affine, activation), y_ref)
+    gain = scale * lax.rsqrt(m2 * (1 / ring.rows) + eps)
+    walk.rewrite(y_of(Affine(shift, gain, bias - offset * gain), activation), y_ref)
 
 
 def _bwd_fused_kernel(*refs, ring: Ring, activation, num_inputs, bounce, vectors, arrived, leaving, **in_flight):
@@ -135,6 +135,7 @@ def bwd_fused(
     dy: Array,
     affine: Affine,
     *,
+    offset: Array,
     rstd: Array,
     d_stats: tuple[Array, Array],
     saved: Array | None,
@@ -162,10 +163,9 @@ def bwd_fused(
     options = (("activation", activation), ("num_inputs", len(arrays)))
     all_dtypes = (*dtypes, *(jnp.dtype(jnp.float32),) * 4)
     launch = Launch(_bwd_fused_kernel, ring, shapes, all_dtypes, scratch, options, interpret)
-    shift, _, gain, folded_bias = affine.folded()
-    vectors = jnp.stack((shift, gain, folded_bias, affine.offset, rstd, *d_stats))
+    vectors = jnp.stack((*affine, offset, rstd, *d_stats))
     *large, _, _, sum_dz, sum_dz_x = launch_p.bind(*arrays, vectors, launch=launch)
-    return *gpu.cotangents(large, x, dy, residual_dtype), sum_dz, sum_dz_x - affine.offset * sum_dz
+    return *gpu.cotangents(large, x, dy, residual_dtype), sum_dz, sum_dz_x
 
 
 def _programs(device, interpret, channels, itemsize):

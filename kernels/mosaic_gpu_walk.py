@@ -95,8 +95,7 @@ class Walk(NamedTuple):
     def affine(self, vectors_ref, vectors, arrived):
         """The vectors [vectors, width] of these columns, the first three of them spread over registers."""
         self.load_vectors(vectors_ref, vectors, arrived)
-        shift, gain, bias = (self.spread(vectors.at[k]) for k in range(3))
-        return Affine(shift, None, gain, bias)
+        return Affine(*(self.spread(vectors.at[k]) for k in range(3)))
 
     def load_vectors(self, vectors_ref, vectors, arrived):
         plgpu.copy_gmem_to_smem(vectors_ref.at[:, self._cols()], vectors, arrived)

@@ -57,8 +57,8 @@ def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, acti
     blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.bwd_stats, activation=activation)
     operands = (*(_view(a, blocks) for a in (x, dy, saved)), _stacked(affine, blocks))
-    sum_dz, sum_dz_xc = _call(body, operands, (_vector(x, blocks),) * 2, blocks, sums=True, interpret=interpret)
-    return sum_dz.reshape(-1), sum_dz_xc.reshape(-1)
+    sum_dz, sum_dz_x = _call(body, operands, (_vector(x, blocks),) * 2, blocks, sums=True, interpret=interpret)
+    return sum_dz.reshape(-1), sum_dz_x.reshape(-1)
 
 
 def bwd_apply(
@@ -111,7 +111,7 @@ def fwd_fused(
     body = functools.partial(bodies.fwd_fused, activation=activation)
     operands = (_view(x, blocks), _view(residual, blocks), _stacked((scale, bias), blocks), jnp.reshape(eps, (1,)))
     results = (_rows(x, blocks, dtype), *(_vector(x, blocks),) * 3)
-    y, *found = _call(body, operands, results, blocks, scratch=4, vmem_bytes=vmem_bytes, interpret=interpret)
+    y, *found = _call(body, operands, results, blocks, scratch=3, vmem_bytes=vmem_bytes, interpret=interpret)
     return _unview(y, x, blocks), _stats(found, blocks)
 
 
@@ -120,6 +120,7 @@ def bwd_fused(
     dy: Array,
     affine: Affine,
     *,
+    offset: Array,
     rstd: Array,
     d_stats: tuple[Array, Array],
     saved: Array | None,
@@ -140,16 +141,20 @@ def bwd_fused(
     if blocks is None:
         return None
     body = functools.partial(bodies.bwd_fused, activation=activation)
-    operands = (*(_view(a, blocks) for a in (x, dy, saved)), _stacked(affine, blocks), _stacked((rstd, *d_stats), blocks))
+    operands = (
+        *(_view(a, blocks) for a in (x, dy, saved)),
+        _stacked(affine, blocks),
+        _stacked((offset, rstd, *d_stats), blocks),
+    )
     results = (
         _rows(x, blocks, x.dtype),
         None if residual_dtype is None else _rows(x, blocks, residual_dtype),
         *(_vector(x, blocks),) * 2,
     )
-    dx, dresidual, sum_dz, sum_dz_xc = _call(
+    dx, dresidual, sum_dz, sum_dz_x = _call(
         body, operands, results, blocks, scratch=2, vmem_bytes=vmem_bytes, interpret=interpret
     )
-    return _unview(dx, x, blocks), _unview(dresidual, x, blocks), sum_dz.reshape(-1), sum_dz_xc.reshape(-1)
+    return _unview(dx, x, blocks), _unview(dresidual, x, blocks), sum_dz.reshape(-1), sum_dz_x.reshape(-1)
 
 
 def _call(body, operands, results, blocks: RowBlocks, *, interpret, sums=False, scratch=0, vmem_bytes=None):

@@ -44,7 +44,7 @@ def fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
 
 
 def fwd_apply(x_ref, residual_ref, affine_ref, y_ref, *, blocks, activation):
-    affine = Affine(*_vectors(affine_ref)).folded()
+    affine = Affine(*_vectors(affine_ref))
 
     def body(at):
         z = pre_activation(_load(x_ref, at), affine, _load(residual_ref, at))
@@ -53,14 +53,14 @@ def fwd_apply(x_ref, residual_ref, affine_ref, y_ref, *, blocks, activation):
     _for_chunks(body, blocks)
 
 
-def bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_xc_ref, *, blocks, activation):
+def bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, *, blocks, activation):
     place = _place(blocks)
     affine = Affine(*_vectors(affine_ref))
 
     @pl.when(place.first)
     def _():
         sum_dz_ref[...] = jnp.zeros(sum_dz_ref.shape, sum_dz_ref.dtype)
-        sum_dz_xc_ref[...] = jnp.zeros(sum_dz_xc_ref.shape, sum_dz_xc_ref.dtype)
+        sum_dz_x_ref[...] = jnp.zeros(sum_dz_x_ref.shape, sum_dz_x_ref.dtype)
 
     def terms(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
@@ -69,12 +69,12 @@ def bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_xc_ref, *
 
     sum_dz, sum_dz_x = _sums(terms, blocks, place)
     sum_dz_ref[...] += sum_dz
-    sum_dz_xc_ref[...] += sum_dz_x - affine.offset * sum_dz
+    sum_dz_x_ref[...] += sum_dz_x
 
 
 def bwd_apply(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_ref, *, blocks, activation):
     affine = Affine(*_vectors(affine_ref))
-    through_stats = None if pull_ref is None else Affine(affine.shift, affine.offset, *_vectors(pull_ref)).folded()
+    through_stats = None if pull_ref is None else Affine(affine.shift, *_vectors(pull_ref))
 
     def body(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
@@ -95,10 +95,10 @@ def fwd_fused(
     """All rows of a block of channels: y after the statistics, from one read of x."""
     fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, blocks=blocks)
     rstd = lax.rsqrt(m2_ref[...] / (blocks.outer * blocks.inner) + eps_ref[0])
+    gain = params_ref[0:1] * rstd
     affine_ref[0:1] = shift_ref[...]
-    affine_ref[1:2] = offset_ref[...]
-    affine_ref[2:3] = params_ref[0:1] * rstd
-    affine_ref[3:4] = params_ref[1:2]
+    affine_ref[1:2] = gain
+    affine_ref[2:3] = params_ref[1:2] - offset_ref[...] * gain
     fwd_apply(x_ref, residual_ref, affine_ref, y_ref, blocks=blocks, activation=activation)
 
 
@@ -111,20 +111,20 @@ def bwd_fused(
     dx_ref,
     dresidual_ref,
     sum_dz_ref,
-    sum_dz_xc_ref,
+    sum_dz_x_ref,
     pull_ref,
     *,
     blocks,
     activation,
 ):
-    """All rows of a block of channels: dx after the sums, from one read of x and dy. through: rstd, dmean, dvar."""
-    bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_xc_ref, blocks=blocks, activation=activation)
-    gain, rstd = affine_ref[2:3], through_ref[0:1]
-    dmean = through_ref[1:2] - gain * sum_dz_ref[...]
-    dvar = through_ref[2:3] - gain * jnp.square(rstd) / 2 * sum_dz_xc_ref[...]
+    """All rows of a block of channels: dx after the sums, from one read of x and dy. through: offset, rstd, dmean, dvar."""
+    bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, blocks=blocks, activation=activation)
+    gain, (offset, rstd, dmean, dvar) = affine_ref[1:2], _vectors(through_ref)
+    dmean = dmean - gain * sum_dz_ref[...]
+    dvar = dvar - gain * jnp.square(rstd) / 2 * (sum_dz_x_ref[...] - offset * sum_dz_ref[...])
     count = blocks.outer * blocks.inner
     pull_ref[0:1] = 2 * dvar / count
-    pull_ref[1:2] = dmean / count
+    pull_ref[1:2] = dmean / count - 2 * dvar / count * offset
     bwd_apply(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_ref, blocks=blocks, activation=activation)
 
 

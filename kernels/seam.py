@@ -4,15 +4,15 @@ An implementation is a module with four functions of the same names and signatur
 
     fwd_stats(x, shift, weights, *, axis) -> Stats
     fwd_apply(x, affine, residual, *, axis, activation, dtype) -> y
-    bwd_stats(x, dy, affine, *, saved, weights, axis, activation) -> (sum dz, sum dz * (x - mean))
+    bwd_stats(x, dy, affine, *, saved, weights, axis, activation) -> (sum dz, sum dz * (x - shift))
     bwd_apply(x, dy, affine, *, pull, saved, weights, axis, activation, residual_dtype) -> (dx, dresidual)
 
 One that keeps x on chip between the two passes over it has two more, and `device` says where it will run. They return None
 where x does not fit:
 
     fwd_fused(x, scale, bias, residual, eps, *, axis, activation, dtype, device) -> (y, Stats)
-    bwd_fused(x, dy, affine, *, rstd, d_stats, saved, axis, activation, residual_dtype, device)
-        -> (dx, dresidual, sum dz, sum dz * (x - mean)); d_stats: the cotangents of the batch's mean and biased variance
+    bwd_fused(x, dy, affine, *, offset, rstd, d_stats, saved, axis, activation, residual_dtype, device)
+        -> (dx, dresidual, sum dz, sum dz * (x - shift)); d_stats: the cotangents of the batch's mean and biased variance
 
 x has any rank; `axis` is the ascending tuple of its feature axes, everything else is reduced.  A per-channel vector has the
 shape of the feature axes and the dtype of `accumulator(x)`.  z is the value before the activation and dz its cotangent.
@@ -50,20 +50,15 @@ class Stats(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """z = (x - shift - offset) * gain + bias, one value of each per channel; gain = scale * rstd."""
+    """z = (x - shift) * gain + bias, one value of each per channel; gain = scale * rstd."""
 
     shift: Array
-    offset: Array | None  # None: taken into the bias already
     gain: Array
     bias: Array
 
-    def folded(self):
-        """The same map with three vectors, z = (x - shift) * gain + bias."""
-        return self if self.offset is None else Affine(self.shift, None, self.gain, self.bias - self.offset * self.gain)
-
 
 class Pull(NamedTuple):
-    """What the statistics send back to x: dx += weights * (intercept + slope * (x - mean))."""
+    """What the statistics send back to x: dx += weights * (intercept + slope * (x - shift))."""
 
     slope: Array
     intercept: Array
@@ -101,8 +96,7 @@ def accumulator(dtype) -> jnp.dtype:
 
 def pre_activation(x, affine: Affine, residual=None):
     """z of x in the accumulator dtype; x and the vectors are already broadcastable."""
-    shift, _, gain, bias = affine.folded()
-    z = (x - shift) * gain + bias
+    z = (x - affine.shift) * affine.gain + affine.bias
     return z if residual is None else z + residual
 
 

@@ -129,8 +129,7 @@ class _Place(NamedTuple):
         return [plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other) for i in range(first, last)]
 
     def load_affine(self, ref):
-        shift, gain, bias = self.load_vectors(ref, 0, 3)
-        return Affine(shift, None, gain, bias)
+        return Affine(*self.load_vectors(ref, 0, 3))
 
     def store_partial(self, ref, vector):
         plt.store(ref.at[self.chunk, self._cols()], vector, mask=self._cols_mask())

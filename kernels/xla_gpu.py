@@ -44,7 +44,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
 def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
-    vectors = wide(affine.folded(), x.ndim, axis)
+    vectors = wide(affine, x.ndim, axis)
     if residual is None or activation not in (None, *SIGN_PRESERVING):
         z = pre_activation(x.astype(acc), vectors, None if residual is None else residual.astype(acc))
     else:
@@ -66,7 +66,7 @@ def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, acti
     dz = [_cotangent(x, dy, _own(depth, affine), saved, axis, activation).astype(acc) for depth in (1, 2)]
     sum_dz = dz[0].sum(reduced)
     sum_dz_x = (dz[1] * (x.astype(acc) - wide(affine.shift, x.ndim, axis))).sum(reduced)
-    return sum_dz, sum_dz_x - affine.offset * sum_dz
+    return sum_dz, sum_dz_x
 
 
 def bwd_apply(
@@ -80,8 +80,8 @@ def bwd_apply(
     dz = _cotangent(x, dy, _own(3, affine), saved, axis, activation)
     dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
     if pull is not None:
-        through_mean = Affine(affine.shift, affine.offset, pull.slope, pull.intercept)
-        dx = dx + pre_activation(x.astype(acc), wide(through_mean.folded(), x.ndim, axis))
+        through_mean = Affine(affine.shift, pull.slope, pull.intercept)
+        dx = dx + pre_activation(x.astype(acc), wide(through_mean, x.ndim, axis))
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
@@ -120,7 +120,7 @@ def _cotangent(x, dy, affine, saved, axis, activation):
     acc = accumulator(x.dtype)
     saved = None if saved is None else saved.astype(acc)
     # In float32: XLA would share the zeros of a bfloat16 select with a max-pool's, as an array.
-    return through_activation(x.astype(acc), dy.astype(acc), wide(affine.folded(), x.ndim, axis), saved, activation)
+    return through_activation(x.astype(acc), dy.astype(acc), wide(affine, x.ndim, axis), saved, activation)
 
 
 def _own(depth, affine):

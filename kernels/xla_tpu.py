@@ -71,7 +71,7 @@ def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, acti
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation).astype(acc)
     sum_dz = dz.sum(reduced)
     sum_dz_x = (dz * (x.astype(acc) - wide(affine.shift, x.ndim, axis))).sum(reduced)
-    return sum_dz, sum_dz_x - affine.offset * sum_dz
+    return sum_dz, sum_dz_x
 
 
 def bwd_apply(
@@ -82,7 +82,7 @@ def bwd_apply(
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
     dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
     if pull is not None:
-        slope, intercept = wide(Pull(pull.slope, pull.intercept - pull.slope * affine.offset), x.ndim, axis)
+        slope, intercept = wide(pull, x.ndim, axis)
         through = (x.astype(acc) - wide(affine.shift, x.ndim, axis)) * slope + intercept
         dx = dx + (through if weights is None else through * weights.astype(acc))
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)

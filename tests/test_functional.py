@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn import functional
+from jbn.core import layer as core_layer
 
 
 def draw(shape, dtype="float32", *, seed=0, mean=0.0, std=1.0):
@@ -421,7 +421,7 @@ def test_momentum_and_eps_are_arguments_not_constants():
     x = draw((11, 3))
     params, state = layer(3)
     run = lambda momentum, eps: jbn.batch_norm_train(x, params, state, momentum=momentum, eps=eps)
-    cached = lambda: (functional._train._cache_size(), functional._eval._cache_size())
+    cached = lambda: (core_layer._train._cache_size(), core_layer._eval._cache_size())
     run(0.9, 1e-5)
     jbn.batch_norm_eval(x, params, state, eps=1e-5)
     before = cached()

@@ -8,14 +8,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# A module may import those to its left. `linear` is the primitive beneath autodiff.
-ORDER = (
-    *("types", "validate", "stats", "running", "dispatch", "partition", "linear", "autodiff"),
-    *("ghost", "functional", "renorm", "flax_common", "linen", "nnx"),
+# A module may import those before it.
+CORE = (
+    *("validate", "stats", "running", "lowering", "dispatch", "partition", "linear", "autodiff"),
+    *("ghost", "layer", "renorm", "complex_numbers", "flax_common"),
 )
-# Each of these stands on the core, and is imported by nobody.
-TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "bench")
-# Whoever may import jbn.kernels: dispatch runs them; seam alone, which holds the shared formulas, is open to the core.
+ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nnx")
+# Each of these stands on the modules above. Another tool may use one only where ALLOWED says so.
+TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
+ALLOWED = {("health", "plot")}  # python -m jbn.health --plot
+# Whoever may import jbn.kernels: dispatch runs them; seam alone, which holds the shared formulas, is open to all.
 SEAM = "jbn.kernels.seam"
 
 
@@ -32,84 +34,90 @@ def imported(path, package):
     return names
 
 
-def modules_of(folder, package):
-    return [pytest.param(path, package, id=f"{package}.{path.stem}") for path in sorted(folder.glob("*.py"))]
+def module_name(path):
+    """jbn.core.stats for jbn/core/stats.py, and jbn.kernels.xla for kernels/xla.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(("jbn", *parts) if parts[0] == "kernels" else parts)
 
 
-def forbidden(path, package):
+def forbidden(name, path, *, is_package=False):
     """The imports of one file that point the wrong way."""
+    package = name if is_package else name.rpartition(".")[0]
     names = imported(path, package)
-    if package == "jbn.kernels":
+    if name.startswith("jbn.kernels"):
         allowed = {"jax", "numpy", *sys.stdlib_module_names}
         return {n for n in names if n.split(".")[0] not in allowed and not n.startswith("jbn.kernels")}
-    wrong = set()
-    for name in names:
-        parts = name.split(".")
-        if parts[0] == "jbn" and not _may_import(path.stem, *parts[1:2], is_seam=name.startswith(SEAM)):
-            wrong.add(name)
-    return wrong
+    own = name.removeprefix("jbn.")
+    return {n for n in names if n.split(".")[0] == "jbn" and not _may_import(own, n.removeprefix("jbn."))}
 
 
-def _may_import(stem, module=None, *, is_seam):
-    """Whether jbn/<stem>.py may import jbn.<module>."""
-    if module == "kernels":
-        return is_seam or stem == "dispatch"
-    if stem in ORDER:
-        return module in ORDER[: ORDER.index(stem)]
-    # python -m jbn.health --plot; convert_model is the second half of convert.
-    return module not in TOOLS or (stem, module) in (("health", "plot"), ("convert_model", "convert"))
+def _may_import(own, other):
+    """Whether jbn.<own> may import jbn.<other>, a module or a name in one."""
+    if other == "kernels" or other.startswith("kernels."):
+        return f"jbn.{other}".startswith(SEAM) or own == "core.dispatch" or own.startswith("bench")
+    if own in ORDER:
+        return any(other == module or other.startswith(f"{module}.") for module in ORDER[: ORDER.index(own)])
+    tool, target = own.split(".")[0], other.split(".")[0]
+    return target not in TOOLS or target == tool or tool == "bench" or (tool, target) in ALLOWED
 
 
-@pytest.mark.parametrize(("path", "package"), modules_of(ROOT / "jbn", "jbn") + modules_of(ROOT / "kernels", "jbn.kernels"))
-def test_imports_point_one_way(path, package):
-    if path.stem == "__init__" and package == "jbn":
-        tools = {n for n in imported(path, package) if n.startswith("jbn.") and n.split(".")[1] not in ORDER}
-        assert not tools, f"jbn/__init__.py imports {tools}: the tools are imported by nobody"
+FILES = sorted(
+    path for folder in ("jbn", "kernels") for path in (ROOT / folder).rglob("*.py") if "jbn/kernels" not in str(path)
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path):
+    name = module_name(path)
+    if name == "jbn":  # TYPE_CHECKING names the tools, which are imported at first use
         return
-    assert not forbidden(path, package)
+    assert not forbidden(name, path, is_package=path.stem == "__init__")
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "source"),
+    ("name", "source"),
     [
-        ("stats.py", "jbn", "from jbn import autodiff"),
-        ("validate.py", "jbn", "import jbn.functional"),
-        ("autodiff.py", "jbn", "from jbn.kernels import xla"),
-        ("partition.py", "jbn", "def f():\n    from jbn.kernels.xla import fwd_stats"),
-        ("running.py", "jbn", "from jbn import plot"),
-        ("functional.py", "jbn", "from .linen import BatchNorm"),
-        ("health.py", "jbn", "import jbn.kernels.triton"),
-        ("plot.py", "jbn", "from jbn import health"),
-        ("stats.py", "jbn", "import jbn"),
-        ("xla.py", "jbn.kernels", "from jbn import stats"),
-        ("xla.py", "jbn.kernels", "import flax"),
-        ("xla.py", "jbn.kernels", "from ..stats import merge"),
+        ("core.stats", "from jbn.core import autodiff"),
+        ("core.validate", "import jbn.functional"),
+        ("core.autodiff", "from jbn.kernels import xla"),
+        ("core.partition", "def f():\n    from jbn.kernels.xla import fwd_stats"),
+        ("core.running", "from jbn import plot"),
+        ("functional", "from .linen import BatchNorm"),
+        ("health.reports", "import jbn.kernels.triton"),
+        ("plot", "from jbn import health"),
+        ("fold.linear", "from jbn.convert import layers"),
+        ("core.stats", "import jbn"),
+        ("kernels.xla", "from jbn.core import stats"),
+        ("kernels.xla", "import flax"),
+        ("kernels.xla", "from ..core.stats import merge"),
     ],
 )
-def test_a_wrong_arrow_is_found(tmp_path, name, package, source):
-    path = tmp_path / name
+def test_a_wrong_arrow_is_found(tmp_path, name, source):
+    path = tmp_path / "module.py"
     path.write_text(source)
-    assert forbidden(path, package)
+    assert forbidden(f"jbn.{name}", path)
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "source"),
+    ("name", "source"),
     [
-        ("autodiff.py", "jbn", "from jbn import partition, stats\nfrom jbn.kernels.seam import Affine"),
-        ("dispatch.py", "jbn", "from jbn.kernels import xla"),
-        ("xla.py", "jbn.kernels", "import math\nimport jax\nfrom jbn.kernels.seam import read\nfrom .seam import wide"),
+        ("core.autodiff", "from jbn.core import partition, stats\nfrom jbn.kernels.seam import Affine"),
+        ("core.dispatch", "from jbn.kernels import xla"),
+        ("health.reports", "from jbn.health.findings import Finding\nfrom jbn import functional"),
+        ("kernels.xla", "import math\nimport jax\nfrom jbn.kernels.seam import read\nfrom .seam import wide"),
     ],
 )
-def test_a_right_arrow_passes(tmp_path, name, package, source):
-    path = tmp_path / name
+def test_a_right_arrow_passes(tmp_path, name, source):
+    path = tmp_path / "module.py"
     path.write_text(source)
-    assert not forbidden(path, package)
+    assert not forbidden(f"jbn.{name}", path)
 
 
 def test_only_dispatch_asks_for_devices():
     asking = ("devices", "local_devices", "default_backend", "device_count")
-    for path in sorted((ROOT / "jbn").glob("*.py")):
-        if path.stem == "dispatch":
+    for path in FILES:
+        if module_name(path) == "jbn.core.dispatch" or module_name(path).startswith(("jbn.bench", "jbn.kernels")):
             continue
         calls = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not calls & set(asking), f"{path.name} asks for {calls & set(asking)}"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.bench import cases, layers, model, op, peers, report, seam, timing
-from jbn.dispatch import PLATFORMS
+from jbn.core.dispatch import PLATFORMS
 
 Rows = list[dict[str, Any]]
 

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jbn import dispatch, stats
+from jbn.core import dispatch, stats
+from jbn.core.lowering import at_lowering
 from jbn.kernels.seam import Affine, Pull, Stats, wide
 
 FULL_SIZE = ("dy", "residual", "saved", "weights")  # arrays like x; all others are per-channel vectors
@@ -95,21 +94,20 @@ def _run(name, implementation, x, others, static):
     return _across(call, *leaves)
 
 
-def _on_mesh(call, *leaves):
+def _across(call, *leaves):
+    """Derivatives of second and higher order take the jnp twin, on whole arrays."""
     mesh = jax.typeof(leaves[0]).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        return _explicit(call, mesh, *leaves)
-    return _automatic.bind(*leaves, call=call, partitioned=jax.make_jaxpr(functools.partial(_partitioned, call))(*leaves))
-
-
-# Derivatives of second and higher order take the jnp twin, on whole arrays.
-_across = jax.custom_jvp(_on_mesh, nondiff_argnums=(0,))
-
-
-@_across.defjvp
-def _(call, primals, tangents):
     twin = call._replace(implementation="xla")
-    return _across(call, *primals), jax.jvp(twin, primals, tangents)[1]
+    vmapped = functools.partial(_across, call._replace(mapped=call.mapped + 1))
+    if AxisType.Explicit in mesh.axis_types:
+        return at_lowering(lambda _: 0, (functools.partial(_explicit, call, mesh),), twin, *leaves, vmapped=vmapped)
+    return at_lowering(_by_hook_or_local, (functools.partial(_partitioned, call), call), twin, *leaves, vmapped=vmapped)
+
+
+def _by_hook_or_local(module_context):
+    """1, the local program for XLA to partition, where there is no hook: on TPU, and in what is exported."""
+    platforms = module_context.platforms
+    return int(len(platforms) > 1 or "tpu" in platforms or module_context.lowering_parameters.for_export)
 
 
 def _explicit(call, mesh, *leaves):
@@ -246,49 +244,3 @@ def _padded(spec, ndim):
 def _names(entry):
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-# What is partitioned automatically. `partitioned`, the same call as a jaxpr, is a parameter so that JAX sees before lowering
-# that it needs the devices.
-_automatic = Primitive("jbn_automatic")
-_automatic.multiple_results = True
-_automatic.def_impl(lambda *leaves, call, partitioned: jax.jit(jaxpr_as_fun(partitioned))(*leaves))
-
-
-@_automatic.def_abstract_eval
-def _(*avals, call, partitioned):
-    return partitioned.out_avals
-
-
-def _batch(leaves, dims, *, call, partitioned):
-    size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-    moved = [
-        jnp.broadcast_to(leaf, (size, *leaf.shape)) if dim is None else jnp.moveaxis(leaf, dim, 0)
-        for leaf, dim in zip(leaves, dims, strict=True)
-    ]
-    out = _across(call._replace(mapped=call.mapped + 1), *moved)
-    return out, [0] * len(out)
-
-
-def _jvp(primals, tangents, *, call, partitioned):
-    """Partial evaluation inside scan drops the derivative rule above: then the local program is differentiated."""
-    out = _automatic.bind(*primals, call=call, partitioned=partitioned)
-    moving = [k for k, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def along(values):
-        leaves = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
-        return call(*leaves.values())
-
-    return out, jax.jvp(along, ([primals[k] for k in moving],), ([tangents[k] for k in moving],))[1]
-
-
-def _lower(context, *leaves, call, partitioned):
-    """By the hook where there is one; else the local program, for XLA to partition."""
-    module = context.module_context
-    hook = len(module.platforms) == 1 and "tpu" not in module.platforms and not module.lowering_parameters.for_export
-    return mlir.lower_fun(jaxpr_as_fun(partitioned) if hook else call, multiple_results=True)(context, *leaves)
-
-
-ad.primitive_jvps[_automatic] = _jvp
-batching.primitive_batchers[_automatic] = _batch
-mlir.register_lowering(_automatic, _lower)

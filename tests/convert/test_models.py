@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jbn.linen
-from jbn import convert_model, fold
+from jbn import fold
+from jbn.convert import models
 
 pytestmark = pytest.mark.third_party
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
@@ -113,7 +114,7 @@ def trained():
 
 
 def test_a_torch_resnet_converts_and_folds(trained):
-    variables = convert_model.from_torch_model(trained.state_dict())
+    variables = models.from_torch_model(trained.state_dict())
     expected = jax.eval_shape(ResNet18().init, jax.random.key(0), images(0))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected), "the converted tree is not the model's"
 
@@ -140,6 +141,6 @@ def test_a_torch_resnet_converts_and_folds(trained):
 def test_other_modules_and_clashing_paths_are_errors(trained):
     embedding = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}
     with pytest.raises(ValueError, match="'norm' holds"):
-        convert_model.from_torch_model(embedding)
+        models.from_torch_model(embedding)
     with pytest.raises(ValueError, match="one path"):
-        convert_model.from_torch_model(trained.state_dict(), lambda prefix: ("layer",))
+        models.from_torch_model(trained.state_dict(), lambda prefix: ("layer",))

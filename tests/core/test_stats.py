@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from jbn import stats
+from jbn.core import stats
 
 
 def draw(*shape, seed=0, mean=0.0, dtype="float32"):

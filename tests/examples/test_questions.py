@@ -8,7 +8,7 @@ import pytest
 
 import jbn
 
-PATH = pathlib.Path(__file__).parent.parent / "examples" / "questions.py"
+PATH = pathlib.Path(__file__).parent.parent.parent / "examples" / "questions.py"
 pytestmark = pytest.mark.third_party  # an example is written with ordinary promotion
 
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jbn import dispatch, partition, stats
+from jbn.core import dispatch, partition, stats
+from jbn.core.linear import linear
 from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, read, reduced_axes, through_activation, wide
-from jbn.linear import linear
 
 
 class Spec(NamedTuple):
@@ -66,6 +66,7 @@ class _Residuals(NamedTuple):
 
     x: Array
     affine: Affine
+    offset: Array  # the mean is affine.shift + offset
     rstd: Array
     count: Array | None  # None where the statistics were given
     weights: Array | None
@@ -80,7 +81,7 @@ def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Arr
     kernel = _fused("fwd_fused", spec, operands.x, weights)
     if kernel is None:
         return apart(*args)
-    return dispatch.on_one_device(functools.partial(_fused_forward, spec, kernel), apart, *args)
+    return dispatch.on_one_device(spec.implementation, functools.partial(_fused_forward, spec, kernel), apart, *args)
 
 
 def _fused(name, spec, x, weights):
@@ -143,7 +144,7 @@ def _given(mean, var):
 def _apply(spec, operands, weights, batch):
     x, scale, bias, residual, eps = operands
     x, _ = read(x, weights, wide(batch.shift + batch.offset, x.ndim, spec.axis))
-    affine = Affine(batch.shift, batch.offset, scale * lax.rsqrt(batch.var + eps), bias)
+    affine = _affine(batch, scale * lax.rsqrt(batch.var + eps), bias)
     return partition.fwd_apply(
         spec.implementation, x, affine, residual, axis=spec.axis, activation=spec.activation, dtype=spec.dtype
     )
@@ -155,18 +156,23 @@ def _residuals(spec, operands, weights, batch, y):
     saved = None
     if spec.activation is not None and residual is not None:
         saved = y if spec.activation in SIGN_PRESERVING else residual
-    return _Residuals(x, Affine(batch.shift, batch.offset, scale * rstd, bias), rstd, batch.count, weights, saved)
+    return _Residuals(x, _affine(batch, scale * rstd, bias), batch.offset, rstd, batch.count, weights, saved)
+
+
+def _affine(batch, gain, bias):
+    """(x - mean) * gain + bias; all that is said to a kernel of a mean in two numbers."""
+    return Affine(batch.shift, gain, bias - batch.offset * gain)
 
 
 def _tangent(spec, residuals, tangents):
     """Forward mode: from tangents of the operands (and statistics, if given) to those of y (and statistics, if not)."""
     t, t_given = tangents
-    affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
+    affine, offset, rstd, weights = residuals.affine, residuals.offset, residuals.rstd, residuals.weights
     ndim, axis = residuals.x.ndim, spec.axis
     vectors = functools.partial(wide, ndim=ndim, axis=axis)
-    x, unread = read(residuals.x, weights, vectors(affine.shift + affine.offset))
+    x, unread = read(residuals.x, weights, vectors(affine.shift + offset))
     x = x.astype(rstd.dtype)
-    xc = (x - vectors(affine.shift)) - vectors(affine.offset)
+    xc = (x - vectors(affine.shift)) - vectors(offset)
     t_x = jnp.zeros_like(x) if t.x is None else _where_read(unread, t.x.astype(x.dtype))
     if residuals.count is not None:
         weighted = t_x if weights is None else t_x * weights.astype(x.dtype)
@@ -194,36 +200,37 @@ def _cotangent(spec, residuals, cotangents, wanted):
     kernel = _fused("bwd_fused", spec, residuals.x, residuals.weights) if want_x and of_batch else None
     if kernel is None:
         return apart(*args)
-    return dispatch.on_one_device(functools.partial(_fused_backward, spec, kernel), apart, *args)
+    return dispatch.on_one_device(spec.implementation, functools.partial(_fused_backward, spec, kernel), apart, *args)
 
 
 def _fused_backward(spec, kernel, residuals, cotangents):
-    x, affine, rstd, _, _, saved = residuals
+    x, affine, offset, rstd, _, _, saved = residuals
     static = {"axis": spec.axis, "activation": spec.activation, "residual_dtype": spec.residual_dtype}
-    found = kernel(x, cotangents[0], affine, rstd=rstd, d_stats=cotangents[1], saved=saved, **static)
+    found = kernel(x, cotangents[0], affine, offset=offset, rstd=rstd, d_stats=cotangents[1], saved=saved, **static)
     if found is None:
         return None
-    dx, dresidual, sum_dz, sum_dz_xc = found
-    _, dvar = _to_given(residuals, sum_dz, sum_dz_xc)
-    return Operands(dx, rstd * sum_dz_xc, sum_dz, dresidual, dvar.sum()), None
+    dx, dresidual, *sums = found
+    dscale, dbias, _, dvar = _vector_cotangents(residuals, *sums)
+    return Operands(dx, dscale, dbias, dresidual, dvar.sum()), None
 
 
 def _sums_then_apply(spec, want_x, residuals, cotangents):
     """One pass for the sums, one for dx if anybody wants it."""
     dy, d_batch = cotangents
-    affine, rstd, weights = residuals.affine, residuals.rstd, residuals.weights
-    x, unread = read(residuals.x, weights, wide(affine.shift + affine.offset, dy.ndim, spec.axis))
+    affine, offset, weights = residuals.affine, residuals.offset, residuals.weights
+    x, unread = read(residuals.x, weights, wide(affine.shift + offset, dy.ndim, spec.axis))
     dy = _where_read(unread, dy)
     common = {"saved": residuals.saved, "weights": weights, "axis": spec.axis, "activation": spec.activation}
-    sum_dz, sum_dz_xc = partition.bwd_stats(spec.implementation, x, dy, affine, **common)
-    dmean, dvar = _to_given(residuals, sum_dz, sum_dz_xc)
+    sums = partition.bwd_stats(spec.implementation, x, dy, affine, **common)
+    dscale, dbias, dmean, dvar = _vector_cotangents(residuals, *sums)
     pull, d_given = None, (dmean, dvar)
     if d_batch is not None:
         total = lambda ct: stats.psum_cotangent(ct, x, spec.axis_name, spec.axis_index_groups)
-        sums = stats.psum(jnp.stack([sum_dz, sum_dz_xc]), spec.axis_name, spec.axis_index_groups)
-        through_mean, through_var = _to_given(residuals, *sums)
+        sums = stats.psum(jnp.stack(sums), spec.axis_name, spec.axis_index_groups)
+        _, _, through_mean, through_var = _vector_cotangents(residuals, *sums)
         divisor = _divisor(residuals.count)
-        pull = Pull(2 * (through_var + total(d_batch[1])) / divisor, (through_mean + total(d_batch[0])) / divisor)
+        slope = 2 * (through_var + total(d_batch[1])) / divisor
+        pull = Pull(slope, (through_mean + total(d_batch[0])) / divisor - slope * offset)
         d_given = None
     dx = dresidual = None
     if want_x:
@@ -231,17 +238,18 @@ def _sums_then_apply(spec, want_x, residuals, cotangents):
             spec.implementation, x, dy, affine, pull=pull, residual_dtype=spec.residual_dtype, **common
         )
         dx = _where_read(unread, dx)
-    return Operands(dx, rstd * sum_dz_xc, sum_dz, dresidual, dvar.sum()), d_given
+    return Operands(dx, dscale, dbias, dresidual, dvar.sum()), d_given
 
 
 def _where_read(unread, array):
     return array if unread is None else jnp.where(unread, 0, array)
 
 
-def _to_given(residuals, sum_dz, sum_dz_xc):
-    """Cotangents of mean and var through y."""
-    gain = residuals.affine.gain
-    return -gain * sum_dz, -gain * jnp.square(residuals.rstd) / 2 * sum_dz_xc
+def _vector_cotangents(residuals, sum_dz, sum_dz_x):
+    """dscale, dbias, and dmean and dvar through y."""
+    gain, rstd = residuals.affine.gain, residuals.rstd
+    sum_dz_xc = sum_dz_x - residuals.offset * sum_dz
+    return rstd * sum_dz_xc, sum_dz, -gain * sum_dz, -gain * jnp.square(rstd) / 2 * sum_dz_xc
 
 
 def _divisor(count):

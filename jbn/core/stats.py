@@ -33,6 +33,13 @@ def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
     return _union(s, lambda vectors: psum(vectors, axis_name, axis_index_groups))
 
 
+def psum_moments(m: Moments, axis_name: Hashable, axis_index_groups=None) -> Moments:
+    """Moments of the union over a mapped axis."""
+    local = Stats(m.count, m.mean, jnp.zeros_like(m.mean), m.m2)
+    count, shift, offset, m2 = psum_stats(local, axis_name, axis_index_groups)
+    return Moments(count, shift + offset, m2)
+
+
 def pool(s: Stats) -> Stats:
     """Statistics of the union over the leading axis."""
     union = _union(s, lambda vectors: vectors.sum(1, keepdims=True))

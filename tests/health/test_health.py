@@ -15,7 +15,9 @@ from sklearn.datasets import load_digits
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn import health, layers
+from jbn import health
+from jbn.health import __main__ as command
+from jbn.health import checkpoints
 
 PIXELS, LABELS = load_digits(return_X_y=True)
 PIXELS = (PIXELS / 16).astype(np.float32)
@@ -259,7 +261,7 @@ def saved_by_manager(tree, folder):
 @pytest.mark.parametrize("save", [saved_msgpack, saved_orbax, saved_by_manager])
 def test_the_command_reads_a_checkpoint(trained, save, tmp_path, capsys):
     healthy = save({"step": np.int32(5), "model": trained}, tmp_path)
-    assert health.main([str(healthy)]) == 0
+    assert command.main([str(healthy)]) == 0
     table = capsys.readouterr().out
     assert "model/BatchNorm_0" in table
     assert table.endswith("0 warnings\n")
@@ -268,7 +270,7 @@ def test_the_command_reads_a_checkpoint(trained, save, tmp_path, capsys):
 @pytest.mark.third_party
 def test_the_command_warns_and_draws(trained, tmp_path, capsys):
     path = saved_msgpack(with_value(trained, "params/BatchNorm_1/scale", 9, 0.0), tmp_path)
-    assert health.main([str(path), "--plot", str(tmp_path / "out.png")]) == 1
+    assert command.main([str(path), "--plot", str(tmp_path / "out.png")]) == 1
     assert "WARNING BatchNorm_1, channel 9: prunable: scale 0" in capsys.readouterr().out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -285,7 +287,7 @@ def test_nnx_and_tuples_come_back_from_a_checkpoint(tmp_path):
         folder.mkdir()
         for save in (saved_orbax, saved_msgpack):
             plain = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) and save is saved_msgpack else tree
-            assert list(layers.find(layers.load(save(plain, folder)))) == [name]
+            assert list(checkpoints.find(checkpoints.load(save(plain, folder)))) == [name]
 
 
 def test_the_command_says_what_it_cannot_read(tmp_path, capsys):
@@ -299,7 +301,7 @@ def test_the_command_says_what_it_cannot_read(tmp_path, capsys):
         "weights": "no batch norm",
     }.items():
         with pytest.raises(SystemExit) as stopped:
-            health.main([str(tmp_path / name)])
+            command.main([str(tmp_path / name)])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
 

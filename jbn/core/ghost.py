@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbn import autodiff, stats
-from jbn.autodiff import BatchStats, Operands, Spec
+from jbn.core import autodiff, stats
+from jbn.core.autodiff import BatchStats, Operands, Spec
 
 
 def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Array, size: int) -> tuple[Array, BatchStats]:

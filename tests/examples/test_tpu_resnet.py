@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 STEPS = 50
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
-from jax import Array, lax
+from jax import Array
 
-from jbn import functional, renorm, stats, validate
-from jbn.types import Moments, Params, State
+from jbn.core import complex_numbers, renorm, validate
+from jbn.core import layer as core
+from jbn.types import Params, State
 
 
 def feature_axes(axis: int | Iterable[int], ndim: int) -> tuple[int, ...]:
@@ -66,10 +67,10 @@ def batch_norm(
     x = _computable(x, dtype)
     features = tuple(x.shape[a] for a in config.axis)
     params, old = jax.tree.map(lambda v: _fit(v, features), (params, state))
-    if _any_complex(x, dtype, *params, state.mean):
-        train, evaluate = _train_complex, _evaluate_complex
+    if complex_numbers.any_complex(x, dtype, *params, state.mean):
+        train, evaluate = complex_numbers.train, complex_numbers.evaluate
     else:
-        train, evaluate = functional.train if limits is None else renorm.train, functional.evaluate
+        train, evaluate = core.train if limits is None else renorm.train, core.evaluate
         validate.parameters(params, old, x, config.axis)
         residual = validate.residual(residual, x)
     if use_running_average:
@@ -106,7 +107,7 @@ def _config(layer, x, dtype, initializing):
     axis_name = None if initializing else layer.axis_name
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     validate.mapped_axis(axis_name)
-    return functional.Config(
+    return core.Config(
         axis=feature_axes(layer.axis, x.ndim),
         activation=layer.activation,
         dtype=dtype,
@@ -126,55 +127,6 @@ def _fit(vector, features):
 
 def _computable(x, dtype):
     """x in a dtype that computes y at full precision; flax reads integers and bools as float32."""
-    if dtype == jnp.float64 and not _any_complex(x):
+    if dtype == jnp.float64 and not complex_numbers.any_complex(x):
         return x.astype(jnp.float64)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-
-
-def _any_complex(*values):
-    return any(v is not None and jnp.issubdtype(getattr(v, "dtype", v), jnp.complexfloating) for v in values)
-
-
-def _evaluate_complex(x, params, state, *, config, eps, residual):
-    """`functional.evaluate` in plain JAX."""
-    if config.implementation not in (None, "xla"):
-        raise NotImplementedError(
-            f"implementation {config.implementation!r} does not take complex values, expected None or 'xla'"
-        )
-    wide = jnp.complex128 if any(d in (jnp.float64, jnp.complex128) for d in (x.dtype, config.dtype)) else jnp.complex64
-    reduced = tuple(a for a in range(x.ndim) if a not in config.axis)
-    expand = lambda v: jnp.expand_dims(v.astype(wide), reduced)
-    y = (x.astype(wide) - expand(state.mean)) * expand(lax.rsqrt(state.var.real + eps))
-    y = y if params.scale is None else y * expand(params.scale)
-    y = y if params.bias is None else y + expand(params.bias)
-    y = y if residual is None else y + residual.astype(wide)
-    y = y if config.activation is None else config.activation(y)
-    return y.astype(config.dtype)
-
-
-def _train_complex(x, params, state, *, config, momentum, eps, weights, residual, **limits):
-    """`functional.train` in plain JAX. The mean is complex; the variance is E|x - mean|^2, real."""
-    if limits:
-        raise NotImplementedError(f"batch renormalization does not take complex values, x is {x.dtype}")
-    if config.virtual_batch_size is not None:
-        raise NotImplementedError(f"virtual_batch_size {config.virtual_batch_size} does not take complex values, expected None")
-    parts = [functional.moments(part, axis=config.axis, weights=weights) for part in (x.real, x.imag)]
-    if config.axis_name is not None:
-        parts = [functional.psum_moments(part, config.axis_name, config.axis_index_groups) for part in parts]
-    real, imag = parts
-    batch = Moments(real.count, lax.complex(real.mean, imag.mean), real.m2 + imag.m2)
-    if weights is not None:  # as everywhere: what is masked and not finite is read as the mean
-        mean = jnp.expand_dims(batch.mean, tuple(a for a in range(x.ndim) if a not in config.axis))
-        x = jnp.where(~weights & ~jnp.isfinite(x), mean.astype(x.dtype), x)
-    used = State(batch.mean, stats.variance(batch), state.count)
-    y = _evaluate_complex(x, params, used, config=config, eps=eps, residual=residual)
-    return y, _fold_complex(state, batch, momentum=momentum, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
-
-
-def _fold_complex(state, batch, **options):
-    """`update_state` with both parts of the mean side by side, so that a batch is accepted or refused as a whole."""
-    twice = lambda v: jnp.stack([v, v])
-    parts = lambda v: jnp.stack([v.real, v.imag])
-    old = State(parts(state.mean), twice(state.var.real), state.count)
-    new = functional.update_state(old, Moments(twice(batch.count), parts(batch.mean), twice(batch.m2)), **options)
-    return State(lax.complex(*new.mean), new.var[0], new.count)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jbn.linear import linear
+from jbn.core.linear import linear
 
 
 def forward(static, residuals, tangents):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbn import stats
+from jbn.core import stats
 from jbn.types import Moments, State
 
 
@@ -24,7 +24,7 @@ def decay(momentum: float | Array | Decay | None) -> Decay | None:
     return Decay(momentum, 1 - momentum)
 
 
-def fold(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:
+def update(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:
     """decay.old * old + decay.new * new, or the average of all batches for decay None.
 
     A channel in which nothing was counted keeps its values; so does the whole state if no channel counted anything, or,

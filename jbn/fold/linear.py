@@ -7,23 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from jbn.certify import Certificate, certify
+from jbn.fold.pairs import Pair
 from jbn.kernels.seam import accumulator
-from jbn.pairs import Pair, find_pairs
 from jbn.types import Params, State
-
-__all__ = [
-    "Certificate",
-    "FoldedNorm",
-    "Pair",
-    "certify",
-    "find_pairs",
-    "fold_next",
-    "fold_nnx",
-    "fold_previous",
-    "fold_variables",
-    "kernel_axes",
-]
 
 
 def fold_previous(

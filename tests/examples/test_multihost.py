@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "multihost.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "multihost.py"
 
 
 def run(processes, devices, path):

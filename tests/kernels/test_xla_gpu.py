@@ -8,8 +8,8 @@ import oracle
 import pytest
 
 import jbn
-from jbn import dispatch
 from jbn.bench import hlo, targets
+from jbn.core import dispatch
 from jbn.kernels import xla_gpu
 
 # One of each channel count; the rest as the pairwise choice has it. In bfloat16 the sum with a residual is rounded once more

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jbn.convert import from_torch, to_array, to_linen
+from jbn.convert.layers import from_torch, to_array, to_linen
 
 Path = tuple[Hashable, ...]
 

@@ -1,28 +1,17 @@
-"""What a batch-norm layer is doing: numbers per channel, and warnings that name the layer, the channels and a remedy.
+"""The report of a layer and of a model: numbers per channel, and the findings among them."""
 
-    print(jbn.health.report(params, state, jbn.moments(x)))      one layer; x is its input
-    print(jbn.health.model_report(variables))                    a whole linen or nnx model, or the tree of a checkpoint
-    python -m jbn.health CHECKPOINT [--plot out.png]             an orbax folder or a flax msgpack file
-
-The variables alone tell: values that are not finite, statistics never updated, variances near eps, large means, scales near
-zero, outputs on one side of zero, replicas that disagree, and a channel that has been dead for long (a running variance takes
-1150 updates at momentum 0.99 to fall from 1 to 1e-5). Drift between training and running statistics, and a channel that died
-lately, take the moments of a batch; without them they are not guessed.
-"""
-
-import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen
 
-from jbn import functional, layers, validate
-from jbn.findings import Finding, Limits, Numbers, findings
+from jbn import functional
+from jbn.core import validate
+from jbn.health import checkpoints
+from jbn.health.findings import Finding, Limits, Numbers, findings
 from jbn.types import Moments, Params, State
 
 _LIMITS = Limits()
@@ -118,7 +107,7 @@ def model_report(variables: Any, moments: Mapping[str, Moments] | None = None, *
     Raises:
         ValueError: no batch norm in the tree, or moments of a layer that is not there.
     """
-    found = layers.find(variables)
+    found = checkpoints.find(variables)
     if not found:
         raise ValueError("no batch norm in these variables, expected somewhere both a mean and a var: pass batch_stats too")
     moments = moments or {}
@@ -234,26 +223,3 @@ def _row(m):
     numbers = worst(drift, np.nanmax), worst(m.signal, np.nanmin), worst(m.ratio, np.nanmax)
     updates = "-" if m.updates is None else str(m.updates)
     return (m.layer, str(m.signal.size), updates, *numbers, str(sum(m.nonfinite.values())))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the report of a checkpoint; returns 1 if there are warnings, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m jbn.health", description="Report on the batch norms of a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="an orbax folder, or a file of flax.serialization")
-    parser.add_argument("--plot", type=Path, metavar="OUT.PNG", help="draw the numbers of all channels")
-    parser.add_argument("--eps", type=float, default=1e-5, help="of the layers, default %(default)s")
-    arguments = parser.parse_args(argv)
-    try:
-        result = model_report(layers.load(arguments.checkpoint), eps=arguments.eps)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(result)
-    if arguments.plot:
-        from jbn import plot  # matplotlib is an extra
-
-        plot.overview(result).savefig(arguments.plot, dpi=110)
-    return 1 if result.findings else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Batch norms and whole models of other libraries, to and from jbn."""
+
+from jbn.convert.layers import (
+    debiased_momentum,
+    from_equinox,
+    from_haiku,
+    from_keras,
+    from_linen,
+    from_nnx,
+    from_torch,
+    options,
+    to_equinox,
+    to_haiku,
+    to_keras,
+    to_linen,
+    to_nnx,
+    to_torch,
+)
+from jbn.convert.models import from_torch_model, resnet_path
+
+__all__ = [
+    "debiased_momentum",
+    "from_equinox",
+    "from_haiku",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
+    "from_torch",
+    "from_torch_model",
+    "options",
+    "resnet_path",
+    "to_equinox",
+    "to_haiku",
+    "to_keras",
+    "to_linen",
+    "to_nnx",
+    "to_torch",
+]
