@@ -59,20 +59,30 @@ def train(images, labels, key, *, renorm, steps):
 
         def loss(params):
             logits, new = model.apply(
-                {**variables, "params": params}, images[rows], True, r_max, d_max, mutable=["batch_stats"]
+                {**variables, "params": params},
+                images[rows],
+                True,
+                r_max,
+                d_max,
+                mutable=["batch_stats"],
             )
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean(), new
 
         gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
-        return ({"params": optax.apply_updates(variables["params"], updates), **new}, opt_state), None
+        return (
+            {"params": optax.apply_updates(variables["params"], updates), **new},
+            opt_state,
+        ), None
 
     carry = variables, optimizer.init(variables["params"])
     return jax.lax.scan(step, carry, jnp.arange(steps))[0][0]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
@@ -83,12 +93,20 @@ def main():
     for renorm in (False, True):
         accuracies = []
         for seed in range(arguments.seeds):
-            variables = train(images[:split], labels[:split], jax.random.key(seed), renorm=renorm, steps=arguments.steps)
+            variables = train(
+                images[:split],
+                labels[:split],
+                jax.random.key(seed),
+                renorm=renorm,
+                steps=arguments.steps,
+            )
             logits = Network(renorm).apply(variables, images[split:], train=False)
             accuracies.append(float((logits.argmax(-1) == labels[split:]).mean()))
         name = "batch renorm" if renorm else "batch norm"
         each = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-        print(f"{name:12} batch size {BATCH}: test accuracy {np.mean(accuracies):.4f} (seeds: {each})")
+        print(
+            f"{name:12} batch size {BATCH}: test accuracy {np.mean(accuracies):.4f} (seeds: {each})"
+        )
 
 
 if __name__ == "__main__":

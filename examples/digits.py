@@ -1,4 +1,5 @@
-"""Train a small residual network on scikit-learn's handwritten digits, and show what batch normalization buys.
+"""Train a small residual network on scikit-learn's handwritten digits, and show what batch
+normalization buys.
 
 python examples/digits.py                    four runs: with and without, at the learning rate and at ten times it
 python examples/digits.py --norm flax        one run, with flax's BatchNorm in the same places
@@ -35,7 +36,9 @@ class Norm(nn.Module):
             x = nn.BatchNorm(**arguments)(x)
         else:
             size = x.shape[-1:]
-            x = x * self.param("scale", nn.initializers.ones, size) + self.param("bias", nn.initializers.zeros, size)
+            x = x * self.param("scale", nn.initializers.ones, size) + self.param(
+                "bias", nn.initializers.zeros, size
+            )
         return nn.relu(x if residual is None else x + residual)
 
 
@@ -69,7 +72,9 @@ def train(kind, learning_rate, steps, seed):
     optimizer = optax.sgd(optax.cosine_decay_schedule(learning_rate, steps), momentum=0.9)
 
     def loss_fn(params, stats, x, label):
-        logits, stats = network.apply({"params": params, **stats}, x, train=True, mutable=["batch_stats"])
+        logits, stats = network.apply(
+            {"params": params, **stats}, x, train=True, mutable=["batch_stats"]
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(), stats
 
     @jax.jit
@@ -81,7 +86,9 @@ def train(kind, learning_rate, steps, seed):
     opt_state, losses = optimizer.init(params), []
     for _ in tqdm(range(steps), desc=f"{kind:5s} at learning rate {learning_rate:g}"):
         batch = rng.integers(split, size=128)
-        params, stats, opt_state, loss = step(params, stats, opt_state, images[batch], labels[batch])
+        params, stats, opt_state, loss = step(
+            params, stats, opt_state, images[batch], labels[batch]
+        )
         losses.append(float(loss))
     logits = network.apply({"params": params, **stats}, images[split:], train=False)
     return np.array(losses), float((logits.argmax(-1) == labels[split:]).mean())
@@ -93,24 +100,49 @@ def draw(runs, path):
     for (kind, rate), (losses, accuracy) in runs.items():
         window = min(10, len(losses))
         label = f"{'no' if kind == 'none' else kind} batch norm, learning rate {rate:g}: test accuracy {accuracy:.3f}"
-        color, line = "tab:red" if kind == "none" else "tab:blue", "-" if rate == LEARNING_RATE else "--"
-        axes.plot(np.convolve(losses, np.ones(window) / window, "valid"), label=label, color=color, linestyle=line)
-    axes.set(xlabel="step", ylabel="training loss (nats, mean of 10 steps)", yscale="log", ylim=(1e-4, 10))
-    axes.set_title("Handwritten digits: batch norm trains faster, and at ten times the learning rate")
+        color, line = (
+            "tab:red" if kind == "none" else "tab:blue",
+            "-" if rate == LEARNING_RATE else "--",
+        )
+        axes.plot(
+            np.convolve(losses, np.ones(window) / window, "valid"),
+            label=label,
+            color=color,
+            linestyle=line,
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="training loss (nats, mean of 10 steps)",
+        yscale="log",
+        ylim=(1e-4, 10),
+    )
+    axes.set_title(
+        "Handwritten digits: batch norm trains faster, and at ten times the learning rate"
+    )
     fig.legend(loc="outside lower center", ncols=2, fontsize="small")
     fig.savefig(path, dpi=150)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--norm", choices=("jbn", "flax", "none"), help="one run with this norm instead of the comparison")
+    parser.add_argument(
+        "--norm",
+        choices=("jbn", "flax", "none"),
+        help="one run with this norm instead of the comparison",
+    )
     for flag, default in (("--steps", 300), ("--seed", 0), ("--out", "digits.png")):
         parser.add_argument(flag, type=type(default), default=default)
     args = parser.parse_args()
-    plan = [(args.norm, LEARNING_RATE)] if args.norm else [(k, r * LEARNING_RATE) for r in (1, 10) for k in ("jbn", "none")]
+    plan = (
+        [(args.norm, LEARNING_RATE)]
+        if args.norm
+        else [(k, r * LEARNING_RATE) for r in (1, 10) for k in ("jbn", "none")]
+    )
     runs = {(kind, rate): train(kind, rate, args.steps, args.seed) for kind, rate in plan}
     for (kind, rate), (losses, accuracy) in runs.items():
-        print(f"{kind:5s} learning rate {rate:<5g} last loss {losses[-1]:8.4f}  test accuracy {accuracy:.4f}")
+        print(
+            f"{kind:5s} learning rate {rate:<5g} last loss {losses[-1]:8.4f}  test accuracy {accuracy:.4f}"
+        )
     draw(runs, args.out)
     print(f"wrote {args.out}")
 

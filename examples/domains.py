@@ -1,7 +1,9 @@
-"""One network, a bank of batch-norm states: statistics per domain (or per time step), chosen by index under jit.
+"""One network, a bank of batch-norm states: statistics per domain (or per time step), chosen by
+index under jit.
 
-The states of all domains are stacked in one `jbn.State` whose leaves have one more axis.  A step takes one out, uses it, and
-puts the new one back; the index is an array, so one compilation serves every domain.
+The states of all domains are stacked in one `jbn.State` whose leaves have one more axis.  A step
+takes one out, uses it, and puts the new one back; the index is an array, so one compilation serves
+every domain.
 
 python examples/domains.py                   three domains of digits: plain, inverted, dim; accuracy with own and shared states
 """
@@ -36,7 +38,9 @@ def logits(params, x, state, *, train):
     """(logits, new state) of one domain's batch by one domain's state."""
     x = x @ params["in"]
     if train:
-        x, state = jbn.batch_norm_train(x, params["norm"], state, momentum=0.9, activation=jax.nn.relu)
+        x, state = jbn.batch_norm_train(
+            x, params["norm"], state, momentum=0.9, activation=jax.nn.relu
+        )
     else:
         x = jbn.batch_norm_eval(x, params["norm"], state, activation=jax.nn.relu)
     return x @ params["out"], state
@@ -61,26 +65,35 @@ def train_step(params, bank, opt_state, x, labels, slot):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600)
     steps = parser.parse_args().steps
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = (images[order] / 16).astype(np.float32), labels[order]
-    for name, slot_of in (("a state per domain", lambda domain: domain), ("one state for all", lambda domain: 0)):
+    for name, slot_of in (
+        ("a state per domain", lambda domain: domain),
+        ("one state for all", lambda domain: 0),
+    ):
         params, bank = init(jax.random.key(0))
         opt_state = OPTIMIZER.init(params)
         rng = np.random.default_rng(1)
         for step in range(steps):
             domain, rows = step % DOMAINS, rng.integers(0, SPLIT, BATCH)
             x = in_domain(images[rows], domain)
-            params, bank, opt_state = train_step(params, bank, opt_state, x, labels[rows], jnp.int32(slot_of(domain)))
+            params, bank, opt_state = train_step(
+                params, bank, opt_state, x, labels[rows], jnp.int32(slot_of(domain))
+            )
         for domain in range(DOMAINS):
             slot = slot_of(domain)
             state = jbn.State(bank.mean[slot], bank.var[slot], bank.count[slot])
             z, _ = logits(params, in_domain(images[SPLIT:], domain), state, train=False)
             accuracy = float((z.argmax(-1) == labels[SPLIT:]).mean())
-            print(f"{name:20} domain {domain}: {int(state.count):4} batches seen, test accuracy {accuracy:.4f}")
+            print(
+                f"{name:20} domain {domain}: {int(state.count):4} batches seen, test accuracy {accuracy:.4f}"
+            )
     print(f"compiled {train_step._cache_size()} time(s)")
 
 

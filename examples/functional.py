@@ -1,4 +1,5 @@
-"""The digits network again, with the functional API alone: parameters and states are pytrees, one jax.jit holds a step.
+"""The digits network again, with the functional API alone: parameters and states are pytrees, one
+jax.jit holds a step.
 
 python examples/functional.py
 """
@@ -24,7 +25,9 @@ def init(key):
     keys = iter(jax.random.split(key, 2 + 3 * len(BLOCKS)))
 
     def kernel(name, size, n_in, n_out):
-        kernels[name] = jax.random.normal(next(keys), (size, size, n_in, n_out)) * np.sqrt(2 / (size * size * n_in))
+        kernels[name] = jax.random.normal(next(keys), (size, size, n_in, n_out)) * np.sqrt(
+            2 / (size * size * n_in)
+        )
 
     kernel("stem", 3, 1, features)
     norms["stem"] = jbn.init(features)
@@ -35,13 +38,22 @@ def init(key):
             kernel(f"{i}skip", 1, features, n_out)
         norms[f"{i}a"], norms[f"{i}b"] = jbn.init(n_out), jbn.init(n_out)
         features = n_out
-    dense = {"kernel": jax.random.normal(next(keys), (features, 10)) * features**-0.5, "bias": jnp.zeros(10)}
-    params = {"kernels": kernels, "norms": {name: p for name, (p, _) in norms.items()}, "dense": dense}
+    dense = {
+        "kernel": jax.random.normal(next(keys), (features, 10)) * features**-0.5,
+        "bias": jnp.zeros(10),
+    }
+    params = {
+        "kernels": kernels,
+        "norms": {name: p for name, (p, _) in norms.items()},
+        "dense": dense,
+    }
     return params, {name: s for name, (_, s) in norms.items()}
 
 
 def conv(x, kernel, stride=1):
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def forward(params, states, x, train):
@@ -52,7 +64,9 @@ def forward(params, states, x, train):
         arguments = {"residual": residual, "activation": jax.nn.relu}
         if not train:
             return jbn.batch_norm_eval(x, params["norms"][name], states[name], **arguments)
-        y, new_states[name] = jbn.batch_norm_train(x, params["norms"][name], states[name], momentum=0.9, **arguments)
+        y, new_states[name] = jbn.batch_norm_train(
+            x, params["norms"][name], states[name], momentum=0.9, **arguments
+        )
         return y
 
     x = norm("stem", conv(x, kernels["stem"]))
@@ -64,7 +78,9 @@ def forward(params, states, x, train):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -90,12 +106,18 @@ def main():
     opt_state, rng = optimizer.init(params), np.random.default_rng(args.seed)
     for _ in (bar := tqdm(range(args.steps), desc="training")):
         batch = rng.integers(split, size=128)
-        params, states, opt_state, loss = step(params, states, opt_state, images[batch], labels[batch])
+        params, states, opt_state, loss = step(
+            params, states, opt_state, images[batch], labels[batch]
+        )
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-    predict = jax.jit(lambda params, states, x: forward(params, states, x, train=False)[0].argmax(-1))
+    predict = jax.jit(
+        lambda params, states, x: forward(params, states, x, train=False)[0].argmax(-1)
+    )
     accuracy = (predict(params, states, images[split:]) == labels[split:]).mean()
-    print(f"{states['stem'].count} batches folded into the running statistics, test accuracy {accuracy:.4f}")
+    print(
+        f"{states['stem'].count} batches folded into the running statistics, test accuracy {accuracy:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ class Images(NamedTuple):
 def load(path: str | None, size: int) -> tuple[Images, Images]:
     """(training, test), a tenth of the images being the test.
 
-    path: a folder of folders of images; an .npz file with uint8 `images` [n, height, width, 3] and integer `labels` [n];
-        None for 20,480 made-up images of 10 classes.
+    path: a folder of folders of images; an .npz file with uint8 `images` [n, height, width, 3] and
+        integer `labels` [n]; None for 20,480 made-up images of 10 classes.
     """
     if path is None:
         read, labels = functools.partial(_made_up, size=size), np.arange(20480) % 10
@@ -35,10 +35,14 @@ def load(path: str | None, size: int) -> tuple[Images, Images]:
         _, labels = np.unique([p.parent.name for p in files], return_inverse=True)
         read = lambda i: _resized(Image.open(files[i]), size)
     if len(labels) < 10:
-        raise ValueError(f"{path} holds {len(labels)} images, expected at least 10: one folder per class, images inside")
+        raise ValueError(
+            f"{path} holds {len(labels)} images, expected at least 10: one folder per class, images inside"
+        )
     order = np.random.default_rng(0).permutation(len(labels))
     parts = order[len(order) // 10 :], order[: len(order) // 10]
-    return tuple(Images(lambda i, part=part: read(part[i]), labels[part].astype(np.int32)) for part in parts)
+    return tuple(
+        Images(lambda i, part=part: read(part[i]), labels[part].astype(np.int32)) for part in parts
+    )
 
 
 def batches(
@@ -46,23 +50,34 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The part that this host loads of each global batch: `image` in [-1, 1] and `label`.
 
-    With a seed: shuffled, half of the images mirrored, the rest of the last batch left out; a function of seed and epoch
-    alone, so that a resumed run sees what it would have seen.  Without: in order, the last batch filled up with label -1.
+    With a seed: shuffled, half of the images mirrored, the rest of the last batch left out; a
+        function of seed and epoch
+    alone, so that a resumed run sees what it would have seen.  Without: in order, the last batch
+    filled up with label -1.
     skip: batches to leave out at the beginning.
     """
     n = len(data.labels)
     random = np.random.default_rng(None if seed is None else (seed, epoch))
     order = (
-        np.arange(-(-n // batch_size) * batch_size) if seed is None else random.permutation(n)[: n // batch_size * batch_size]
+        np.arange(-(-n // batch_size) * batch_size)
+        if seed is None
+        else random.permutation(n)[: n // batch_size * batch_size]
     )
     mirrored = random.random(len(order)) < (0 if seed is None else 0.5)
     share = batch_size // jax.process_count()
     with ThreadPoolExecutor() as pool:
         for start in range(skip * batch_size, len(order), batch_size):
-            here = slice(start + jax.process_index() * share, start + (jax.process_index() + 1) * share)
-            images = np.stack(list(pool.map(data.read, order[here] % n))).astype(np.float32) / 127.5 - 1
+            here = slice(
+                start + jax.process_index() * share, start + (jax.process_index() + 1) * share
+            )
+            images = (
+                np.stack(list(pool.map(data.read, order[here] % n))).astype(np.float32) / 127.5 - 1
+            )
             images = np.where(mirrored[here, None, None, None], images[:, :, ::-1], images)
-            yield {"image": images, "label": np.where(order[here] < n, data.labels[order[here] % n], -1)}
+            yield {
+                "image": images,
+                "label": np.where(order[here] < n, data.labels[order[here] % n], -1),
+            }
 
 
 def _made_up(i, size):

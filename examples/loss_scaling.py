@@ -1,7 +1,10 @@
-"""Dynamic loss scaling with one batch of infinities: without skip_nonfinite the running statistics are lost for good.
+"""Dynamic loss scaling with one batch of infinities: without skip_nonfinite the running statistics
+are lost for good.
 
-Loss scaling skips the parameter update of a step whose gradients are not finite, and halves the scale.  The running statistics
-are no gradients: nothing protects them, and one inf stays in an average for ever.  `skip_nonfinite=True` refuses that batch.
+Loss scaling skips the parameter update of a step whose gradients are not finite, and halves the
+scale.  The running statistics
+are no gradients: nothing protects them, and one inf stays in an average for ever.
+    `skip_nonfinite=True` refuses that batch.
 
 python examples/loss_scaling.py              bfloat16 digits; batch 100 of 300 holds an inf; test accuracy with and without
 """
@@ -28,7 +31,10 @@ class Network(nn.Module):
     def __call__(self, x, train):
         x = nn.Dense(64, use_bias=False, dtype=jnp.bfloat16)(x)
         norm = jbn.linen.BatchNorm(
-            use_running_average=not train, momentum=0.9, activation=nn.relu, skip_nonfinite=self.skip_nonfinite
+            use_running_average=not train,
+            momentum=0.9,
+            activation=nn.relu,
+            skip_nonfinite=self.skip_nonfinite,
         )
         return nn.Dense(10, dtype=jnp.bfloat16)(norm(x)).astype(jnp.float32)
 
@@ -38,7 +44,9 @@ def train_step(model, run, x, labels):
     variables, opt_state, scale, good = run
 
     def scaled_loss(params):
-        logits, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        logits, new = model.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss * scale, (loss, new)
 
@@ -50,13 +58,16 @@ def train_step(model, run, x, labels):
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     good = jnp.where(finite, good + 1, 0)
     scale = jnp.where(finite, jnp.where(good % 50 == 0, scale * 2, scale), scale / 2)
-    # The statistics are kept whether or not the gradients were finite: refusing a bad batch is the layer's own business.
+    # The statistics are kept whether or not the gradients were finite: refusing a bad batch is the
+    # layer's own business.
     variables = {"params": keep(params, variables["params"]), **new}
     return (variables, keep(new_opt_state, opt_state), scale, good), loss
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
     images, labels = load_digits(return_X_y=True)
@@ -76,7 +87,11 @@ def main():
             run, _ = step_of(run, x, labels[rows])
         variables, _, scale, _ = run
         finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables["batch_stats"]))
-        accuracy = float((model.apply(variables, images[SPLIT:], train=False).argmax(-1) == labels[SPLIT:]).mean())
+        accuracy = float(
+            (
+                model.apply(variables, images[SPLIT:], train=False).argmax(-1) == labels[SPLIT:]
+            ).mean()
+        )
         print(
             f"skip_nonfinite={skip_nonfinite!s:5} statistics finite: {finite!s:5} loss scale {float(scale):6.0f}"
             f"   test accuracy {accuracy:.4f}"

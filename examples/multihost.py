@@ -4,7 +4,8 @@ python examples/multihost.py                    starts 2 processes on this machi
 python examples/multihost.py --launched         is one of the processes that SLURM, Open MPI or a TPU pod has started
                                                 (srun -N 4 python examples/multihost.py --launched)
 
-There is nothing to say to jbn: the batch is one global array, split over the devices of all processes, and its statistics are
+There is nothing to say to jbn: the batch is one global array, split over the devices of all
+    processes, and its statistics are
 those of the whole.  Every process ends with the same bits, and prints a digest of them.
 """
 
@@ -32,7 +33,10 @@ BATCH, WIDTHS = 256, (64, 128, 64, 10)
 def init(key):
     """Dense layers, each but the last followed by batch norm and relu: lists of weights, jbn.Params and jbn.State."""
     keys = jax.random.split(key, len(WIDTHS))
-    weights = [jax.nn.initializers.he_normal()(k, s) for k, s in zip(keys, itertools.pairwise(WIDTHS), strict=False)]
+    weights = [
+        jax.nn.initializers.he_normal()(k, s)
+        for k, s in zip(keys, itertools.pairwise(WIDTHS), strict=False)
+    ]
     norms, states = zip(*(jbn.init(width) for width in WIDTHS[1:-1]), strict=True)
     return (weights, list(norms)), list(states)
 
@@ -41,7 +45,9 @@ def apply(params, states, x):
     weights, norms = params
     new_states = []
     for weight, norm, state in zip(weights, norms, states, strict=False):
-        x, state = jbn.batch_norm_train(x @ weight, norm, state, momentum=0.9, activation=jax.nn.relu)
+        x, state = jbn.batch_norm_train(
+            x @ weight, norm, state, momentum=0.9, activation=jax.nn.relu
+        )
         new_states.append(state)
     return x @ weights[-1], new_states
 
@@ -51,9 +57,13 @@ def train(steps):
     digits, rng = load_digits(), np.random.default_rng(0)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
-    distribute = lambda array: jax.make_array_from_callback(array.shape, split, lambda index: array[index])
+    distribute = lambda array: jax.make_array_from_callback(
+        array.shape, split, lambda index: array[index]
+    )
     optimizer = optax.sgd(0.1, momentum=0.9)
-    start = jax.jit(lambda: init(jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    start = jax.jit(
+        lambda: init(jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
     params, states = start()
     opt_state = jax.jit(optimizer.init)(params)
 
@@ -70,7 +80,10 @@ def train(steps):
     loss = jnp.nan
     for _ in range(steps):
         rows = rng.choice(len(digits.target), BATCH, replace=False)
-        x, label = distribute(digits.data[rows].astype(np.float32) / 16), distribute(digits.target[rows])
+        x, label = (
+            distribute(digits.data[rows].astype(np.float32) / 16),
+            distribute(digits.target[rows]),
+        )
         params, states, opt_state, loss = step(params, states, opt_state, x, label)
     return float(loss), params, states
 
@@ -79,11 +92,17 @@ def report(loss, params, states, save):
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((params, states))]
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).digest()
     process, processes = jax.process_index(), jax.process_count()
-    print(f"process {process} of {processes}, {jax.device_count()} devices: loss {loss:.6f}, digest {digest.hex()}", flush=True)
+    print(
+        f"process {process} of {processes}, {jax.device_count()} devices: loss {loss:.6f}, digest {digest.hex()}",
+        flush=True,
+    )
     digests = np.atleast_2d(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8)))
     assert (digests == digests[0]).all(), "the processes have different parameters or states"
     if process == 0:
-        print(f"all {processes} processes agree: parameters and states are equal in every bit", flush=True)
+        print(
+            f"all {processes} processes agree: parameters and states are equal in every bit",
+            flush=True,
+        )
         if save:
             np.savez(save, *leaves)
 
@@ -102,12 +121,18 @@ def launch(processes, devices):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=2, help="CPU devices of each process started here")
+    parser.add_argument(
+        "--devices", type=int, default=2, help="CPU devices of each process started here"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save", help="an .npz file for the parameters and states")
-    parser.add_argument("--launched", action="store_true", help="a cluster launcher has started this process")
+    parser.add_argument(
+        "--launched", action="store_true", help="a cluster launcher has started this process"
+    )
     parser.add_argument("--address", help="of process 0; set by the process that starts the others")
     parser.add_argument("--index", type=int, help="likewise")
     arguments = parser.parse_args()

@@ -24,7 +24,9 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        norm = functools.partial(jbn.linen.BatchNorm, use_running_average=not train, momentum=0.9, activation=nn.relu)
+        norm = functools.partial(
+            jbn.linen.BatchNorm, use_running_average=not train, momentum=0.9, activation=nn.relu
+        )
         x = norm()(nn.Conv(8, (3, 3), use_bias=False)(x))
         x = norm()(nn.Conv(16, (3, 3), strides=2, use_bias=False)(x))
         x = norm()(nn.Dense(32, use_bias=False)(x.reshape(len(x), -1)))
@@ -35,20 +37,26 @@ class Network(nn.Module):
 def train(images, labels, key, *, steps):
     """(variables after the last step, parameters averaged over the second half): stochastic weight averaging."""
     variables = Network().init(key, images[:BATCH], train=True)
-    optimizer = optax.sgd(0.3, momentum=0.9)  # high: the weights wander about the optimum that their average is nearer to
+    optimizer = optax.sgd(
+        0.3, momentum=0.9
+    )  # high: the weights wander about the optimum that their average is nearer to
 
     def step(carry, index):
         variables, average, opt_state = carry
         rows = jax.random.randint(jax.random.fold_in(key, index), (BATCH,), 0, len(images))
 
         def loss(params):
-            logits, new = Network().apply({**variables, "params": params}, images[rows], True, mutable=["batch_stats"])
+            logits, new = Network().apply(
+                {**variables, "params": params}, images[rows], True, mutable=["batch_stats"]
+            )
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean(), new
 
         gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
         params = optax.apply_updates(variables["params"], updates)
-        weight = 1 / (1 + jnp.maximum(index - steps // 2, 0))  # 1 until the second half: the average starts afresh there
+        weight = 1 / (
+            1 + jnp.maximum(index - steps // 2, 0)
+        )  # 1 until the second half: the average starts afresh there
         average = jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
         return ({"params": params, **new}, average, opt_state), None
 
@@ -58,7 +66,9 @@ def train(images, labels, key, *, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     images, labels = load_digits(return_X_y=True)
@@ -67,11 +77,17 @@ def main():
 
     last, average = train(images[:SPLIT], labels[:SPLIT], jax.random.key(0), steps=arguments.steps)
     averaged = {"params": average, "batch_stats": last["batch_stats"]}
-    batches = [images[start : min(start + BATCH, SPLIT)] for start in range(0, SPLIT, BATCH)]  # the last one is short
+    batches = [
+        images[start : min(start + BATCH, SPLIT)] for start in range(0, SPLIT, BATCH)
+    ]  # the last one is short
     apply = lambda variables, batch: Network().apply(variables, batch, train=False)
     recalibrated = recalibrate_linen(apply, averaged, batches, progress=True)
 
-    named = {"last weights": last, "averaged, old statistics": averaged, "averaged, recalibrated": recalibrated}
+    named = {
+        "last weights": last,
+        "averaged, old statistics": averaged,
+        "averaged, recalibrated": recalibrated,
+    }
     for name, variables in named.items():
         correct = apply(variables, images[SPLIT:]).argmax(-1) == labels[SPLIT:]
         print(f"{name:26} test accuracy {float(correct.mean()):.4f}")

@@ -1,4 +1,5 @@
-"""The TPU kernels through the functional API: checked against float64 NumPy, and timed where there is a TPU.
+"""The TPU kernels through the functional API: checked against float64 NumPy, and timed where there
+is a TPU.
 
 python examples/tpu_kernels.py          on a TPU VM; elsewhere on small arrays in Pallas' interpret mode, not timed
 """
@@ -14,20 +15,32 @@ import jbn
 
 ON_TPU = jax.default_backend() == "tpu"
 IMPLEMENTATION = "mosaic_tpu" if ON_TPU else "mosaic_tpu/interpret"
-SHAPES = [(128, 28, 28, 512), (128, 56, 56, 64), (100_000, 96)] if ON_TPU else [(8, 7, 7, 128), (128, 2, 3, 24), (1000, 96)]
+SHAPES = (
+    [(128, 28, 28, 512), (128, 56, 56, 64), (100_000, 96)]
+    if ON_TPU
+    else [(8, 7, 7, 128), (128, 2, 3, 24), (1000, 96)]
+)
 
 
 def layer(x, params, residual, implementation):
     """Batch norm + residual + ReLU from a fresh state."""
     state = jbn.State(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]), jnp.int32(0))
     return jbn.batch_norm_train(
-        x, params, state, momentum=0.0, residual=residual, activation=jax.nn.relu, implementation=implementation
+        x,
+        params,
+        state,
+        momentum=0.0,
+        residual=residual,
+        activation=jax.nn.relu,
+        implementation=implementation,
     )
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def forward_backward(x, params, residual, dy, implementation):
-    y, pull, state = jax.vjp(lambda *args: layer(*args, implementation), x, params, residual, has_aux=True)
+    y, pull, state = jax.vjp(
+        lambda *args: layer(*args, implementation), x, params, residual, has_aux=True
+    )
     return y, state, pull(dy)
 
 
@@ -61,14 +74,26 @@ def main():
             keys = jax.random.split(jax.random.key(0), 5)
             x, residual, dy = (jax.random.normal(key, shape, dtype) for key in keys[:3])
             x = (x + 3).astype(dtype)
-            params = jbn.Params(*(jax.random.uniform(key, shape[-1:], minval=0.5) for key in keys[3:]))
+            params = jbn.Params(
+                *(jax.random.uniform(key, shape[-1:], minval=0.5) for key in keys[3:])
+            )
             y, state, (dx, *_) = forward_backward(x, params, residual, dy, IMPLEMENTATION)
             errors = []
-            for name, got, want in zip(("y", "mean", "dx"), (y, state.mean, dx), oracle(x, params, residual, dy), strict=True):
-                # A result is rounded once; where z is within rounding of 0, which side of ReLU it is on may differ in dx.
-                wrong = np.abs(np.asarray(got, np.float64) - want) > 2 * float(jnp.finfo(got.dtype).eps) * (np.abs(want) + 4)
+            for name, got, want in zip(
+                ("y", "mean", "dx"),
+                (y, state.mean, dx),
+                oracle(x, params, residual, dy),
+                strict=True,
+            ):
+                # A result is rounded once; where z is within rounding of 0, which side of ReLU it
+                # is on may differ in dx.
+                wrong = np.abs(np.asarray(got, np.float64) - want) > 2 * float(
+                    jnp.finfo(got.dtype).eps
+                ) * (np.abs(want) + 4)
                 errors.append(f"{name} {wrong.mean():.1e}")
-                assert wrong.mean() <= (1e-3 if name == "dx" else 0), f"{shape} {x.dtype}: {name} is not what the oracle says"
+                assert wrong.mean() <= (1e-3 if name == "dx" else 0), (
+                    f"{shape} {x.dtype}: {name} is not what the oracle says"
+                )
             line = f"{x.dtype} {shape}: share off the oracle: {', '.join(errors)}"
             if ON_TPU:
                 for implementation in (IMPLEMENTATION, None):

@@ -34,23 +34,33 @@ def main():
     batch_size = args.batch_size * jax.device_count()
     per_epoch = len(data.labels) // batch_size
     if per_epoch == 0:
-        raise SystemExit(f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size")
+        raise SystemExit(
+            f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size"
+        )
     total = args.steps or args.epochs * per_epoch
     init, step, correct = setup(args, int(data.labels.max()) + 1, batch_size, total)
     replicated, split = shardings(jax.devices())
     state = jax.jit(init, out_shardings=replicated)(jax.random.key(args.seed))
     step, correct = jax.jit(step, donate_argnums=0), jax.jit(correct)
-    put = lambda batch: {name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()}
+    put = lambda batch: {
+        name: jax.make_array_from_process_local_data(split, array) for name, array in batch.items()
+    }
 
     manager = args.checkpoints and ocp.CheckpointManager(pathlib.Path(args.checkpoints).absolute())
     if manager and manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     first = int(state["step"])
-    print(f"{jax.device_count()} devices, {batch_size} images per step, from step {first} to {total}")
-    bar = tqdm(total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True)
+    print(
+        f"{jax.device_count()} devices, {batch_size} images per step, from step {first} to {total}"
+    )
+    bar = tqdm(
+        total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True
+    )
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
         start = max(first, epoch * per_epoch)
-        batches = image_data.batches(data, batch_size, seed=args.seed, epoch=epoch, skip=start - epoch * per_epoch)
+        batches = image_data.batches(
+            data, batch_size, seed=args.seed, epoch=epoch, skip=start - epoch * per_epoch
+        )
         for done, batch in zip(range(start + 1, total + 1), batches, strict=False):
             state, loss = step(state, put(batch))
             bar.update(batch_size)
@@ -81,21 +91,41 @@ def compile_only(args):
     init, step, _ = setup(args, 1000, batch_size, 100_000)
     place = lambda sharding: lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     state = jax.tree.map(place(replicated), jax.eval_shape(init, jax.random.key(0)))
-    image = jax.ShapeDtypeStruct((batch_size, args.image_size, args.image_size, 3), np.float32, sharding=split)
+    image = jax.ShapeDtypeStruct(
+        (batch_size, args.image_size, args.image_size, 3), np.float32, sharding=split
+    )
     label = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=split)
-    compiled = targets.compile_for(args.compile_only, step, state, {"image": image, "label": label}, donate_argnums=0)
+    compiled = targets.compile_for(
+        args.compile_only, step, state, {"image": image, "label": label}, donate_argnums=0
+    )
     found, memory = traffic.summary(compiled), compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    print(f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step")
-    print(f"{found['moved'] / 1e9:.2f} GB moved, {found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:")
+    used = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    print(
+        f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step"
+    )
+    print(
+        f"{found['moved'] / 1e9:.2f} GB moved, {found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:"
+    )
     for (kind, result), times in sorted(hlo.collectives(compiled.as_text()).items()):
-        print(f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}")
+        print(
+            f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}"
+        )
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--data", help="folder of one folder of images per class, or .npz (see image_data.py); made-up images if absent")
+    add(
+        "--data",
+        help="folder of one folder of images per class, or .npz (see image_data.py); made-up images if absent",
+    )
     add("--checkpoints", help="folder to save to, and to resume from")
     add("--save-every", type=int, default=1000, help="steps")
     add("--log-every", type=int, default=100, help="steps")
@@ -110,7 +140,11 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--distributed", action="store_true", help="on a TPU of several hosts: start this on each")
     add("--fake-devices", type=int, help="pretend to have so many, on CPU")
-    add("--compile-only", metavar="TOPOLOGY", help="such as v5e:4x4: compile the step for it and print what it costs")
+    add(
+        "--compile-only",
+        metavar="TOPOLOGY",
+        help="such as v5e:4x4: compile the step for it and print what it costs",
+    )
     args = parser.parse_args()
     args.batch_size = args.batch_size or (8 if args.fake_devices else 128)
     return args

@@ -47,7 +47,9 @@ def init(
     scale = scale_init(keys[0], shape, param_dtype) if use_scale else None
     bias = bias_init(keys[1], shape, param_dtype) if use_bias else None
     dtype = accumulator(param_dtype)
-    return Params(scale, bias), State(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32))
+    return Params(scale, bias), State(
+        jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.int32)
+    )
 
 
 def batch_norm_train(
@@ -74,23 +76,27 @@ def batch_norm_train(
         y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)
         state.mean = momentum * state.mean + (1 - momentum) * mean, and var likewise
 
-    mean and var (biased) are taken per feature over all other axes, in float32 (float64 for float64 x). Gradients flow
-    through them, into y and into the new state.
+    mean and var (biased) are taken per feature over all other axes, in float32 (float64 for float64
+    x). Gradients flow through them, into y and into the new state.
 
     Args:
         x: floating array of any rank >= 2 (rank >= 1 with axis_name).
         params: scale and bias, the shape of the feature axes.
         state: the running statistics.
         axis: the feature axis or axes; everything else is reduced.
-        momentum: weight of the OLD value, in [0, 1] (PyTorch's is 1 minus this); None averages over all batches.
+        momentum: weight of the OLD value, in [0, 1] (PyTorch's is 1 minus this); None averages over
+            all batches.
         eps: added to the variance; > 0.
-        weights: bool mask or non-negative float weights, broadcastable to x; count = their sum. An element of weight zero
-            influences neither the statistics nor any gradient, even if it is NaN. No gradient flows to the weights.
+        weights: bool mask or non-negative float weights, broadcastable to x; count = their sum. An
+            element of weight zero influences neither the statistics nor any gradient, even if it is
+            NaN. No gradient flows to the weights.
         residual: array like x, added before the activation.
-        activation: elementwise function. jax.nn.relu, leaky_relu, silu and gelu are fused; any other runs after.
+        activation: elementwise function. jax.nn.relu, leaky_relu, silu and gelu are fused; any
+            other runs after.
         axis_name: mapped axis or axes (shard_map, pmap, vmap) over which the batch is spread.
         axis_index_groups: groups of indices along axis_name to be normalized apart.
-        virtual_batch_size: examples along axis 0 per group that is normalized by its own moments (ghost batches).
+        virtual_batch_size: examples along axis 0 per group that is normalized by its own moments
+            (ghost batches).
         unbiased: store n / (n - 1) times the variance, as PyTorch does.
         skip_nonfinite: keep the old state if the moments of the batch are not finite.
         dtype: of y; x's if None.
@@ -146,29 +152,36 @@ def batch_renorm_train(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> tuple[Array, State]:
-    """Normalize by the statistics of the batch, corrected toward the running ones, and fold the batch into the state.
+    """Normalize by the statistics of the batch, corrected toward the running ones, and fold the
+    batch into the state.
 
         r = clip(std / running std, 1 / r_max, r_max)           std = sqrt(var + eps), for both
         d = clip((mean - running mean) / running std, -d_max, d_max)
         y = activation(((x - mean) / std * r + d) * scale + bias + residual)
 
-    r and d are constants to the derivative; the running statistics are those before the update.  With r_max = 1 and
-    d_max = 0 this is `batch_norm_train`, bit for bit; with both infinite, y is what inference computes.  Small or
-    dependent batches gain from it.  Raise both limits slowly (the paper: r_max from 1 to 3, d_max from 0 to 5), as traced
-    values, so that a schedule compiles once.
+    r and d are constants to the derivative; the running statistics are those before the update.
+    With r_max = 1 and
+    d_max = 0 this is `batch_norm_train`, bit for bit; with both infinite, y is what inference
+    computes.  Small or
+    dependent batches gain from it.  Raise both limits slowly (the paper: r_max from 1 to 3, d_max
+    from 0 to 5), as traced values, so that a schedule compiles once.
 
     Args:
         x, params, state: as in `batch_norm_train`.
         r_max: limit of the correction of the standard deviation, >= 1; may be traced.
-        d_max: limit of the correction of the mean, in running standard deviations, >= 0; may be traced.
-        axis, momentum, eps, weights, residual, activation, axis_name, axis_index_groups, unbiased, skip_nonfinite, dtype,
-            implementation: as in `batch_norm_train`. There are no virtual batches: making them small is what hurts.
+        d_max: limit of the correction of the mean, in running standard deviations, >= 0; may be
+            traced.
+        axis, momentum, eps, weights, residual, activation, axis_name, axis_index_groups, unbiased,
+        skip_nonfinite, dtype,
+            implementation: as in `batch_norm_train`. There are no virtual batches: making them
+                small is what hurts.
 
     Returns:
         (y, state), as `batch_norm_train`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `batch_norm_train`, and for limits out of range.
+        ValueError, TypeError, NotImplementedError: as `batch_norm_train`, and for limits out of
+            range.
 
     Reference: Ioffe 2017, algorithm 1.
     """
@@ -206,7 +219,8 @@ def batch_norm_eval(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> Array:
-    """Normalize by the running statistics: a fixed affine map per feature, which no other example influences.
+    """Normalize by the running statistics: a fixed affine map per feature, which no other example
+    influences.
 
     Args, Raises: as `batch_norm_train`; x may have rank 1.
 
@@ -225,7 +239,9 @@ def batch_norm_eval(
         dtype=validate.output_dtype(dtype, x),
         implementation=validate.implementation(implementation),
     )
-    return layer.evaluate(x, params, state, config=config, eps=eps, residual=validate.residual(residual, x))
+    return layer.evaluate(
+        x, params, state, config=config, eps=eps, residual=validate.residual(residual, x)
+    )
 
 
 def normalize(
@@ -250,8 +266,12 @@ def normalize(
     Returns:
         y, the shape of x.
     """
-    state = State(validate.array(mean, "mean"), validate.array(var, "var"), jnp.zeros((), jnp.int32))
-    return batch_norm_eval(x, params, state, axis=axis, eps=eps, residual=residual, activation=activation, dtype=dtype)
+    state = State(
+        validate.array(mean, "mean"), validate.array(var, "var"), jnp.zeros((), jnp.int32)
+    )
+    return batch_norm_eval(
+        x, params, state, axis=axis, eps=eps, residual=residual, activation=activation, dtype=dtype
+    )
 
 
 def moments(x: Array, *, axis: int | Sequence[int] = -1, weights: Array | None = None) -> Moments:
@@ -286,7 +306,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return stats.merge(a, b)
 
 
-def psum_moments(m: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None = None) -> Moments:
+def psum_moments(
+    m: Moments, axis_name: Hashable, axis_index_groups: Sequence[Sequence[int]] | None = None
+) -> Moments:
     """Moments of the union over a mapped axis, weighted by count, in two all-reduces.
 
     Raises:
@@ -298,7 +320,12 @@ def psum_moments(m: Moments, axis_name: Hashable, axis_index_groups: Sequence[Se
 
 
 def update_state(
-    state: State, m: Moments, *, momentum: float | Array | None = 0.99, unbiased: bool = False, skip_nonfinite: bool = False
+    state: State,
+    m: Moments,
+    *,
+    momentum: float | Array | None = 0.99,
+    unbiased: bool = False,
+    skip_nonfinite: bool = False,
 ) -> State:
     """Fold the moments of a batch into the state.
 
@@ -319,7 +346,9 @@ def update_state(
     validate.moments(m)
     validate.same_features(state, m)
     validate.update(momentum)
-    return running.update(state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite)
+    return running.update(
+        state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite
+    )
 
 
 def checked(
@@ -362,4 +391,10 @@ def checked(
         skip_nonfinite=skip_nonfinite,
     )
     residual = validate.residual(residual, x)
-    return x, {"config": config, "momentum": momentum, "eps": eps, "weights": weights, "residual": residual}
+    return x, {
+        "config": config,
+        "momentum": momentum,
+        "eps": eps,
+        "weights": weights,
+        "residual": residual,
+    }

@@ -12,24 +12,33 @@ from jbn.types import Params, State
 
 
 class BatchNorm(nn.BatchNorm):
-    """Batch normalization with the arguments, defaults, variables and output dtype of `flax.linen.BatchNorm`.
+    """Batch normalization with the arguments, defaults, variables and output dtype of
+    `flax.linen.BatchNorm`.
 
         params/{scale,bias}: param_dtype          batch_stats/{mean,var}: float32
 
-    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized means are weighted by
-    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the statistics alone.
+    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized
+        means are weighted by
+    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the
+    statistics alone.
 
     Attributes of flax's that mean something else here:
-        use_fast_variance: accepted for compatibility. Both values give the same, stable variance; nothing is slower.
-        force_float32_reductions: False stores the statistics in param_dtype; sums are at least float32 either way.
-        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no count.
+        use_fast_variance: accepted for compatibility. Both values give the same, stable variance;
+            nothing is slower.
+        force_float32_reductions: False stores the statistics in param_dtype; sums are at least
+            float32 either way.
+        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no
+            count.
 
     Attributes that flax's does not have:
-        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are fused.
-        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None for all.
+        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are
+            fused.
+        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None
+            for all.
         unbiased: keep n / (n - 1) times the variance in batch_stats, as PyTorch does.
         skip_nonfinite: leave batch_stats alone when the batch holds NaN or infinity.
-        update_stats: False normalizes by the batch without touching batch_stats, which then need not be mutable.
+        update_stats: False normalizes by the batch without touching batch_stats, which then need
+            not be mutable.
         implementation: None to choose, or a name as in `jbn.batch_norm_train`.
 
     Reference: Ioffe & Szegedy 2015.
@@ -44,7 +53,12 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.compact
     def __call__(
-        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Array | None = None
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Array | None = None,
     ) -> Array:
         """Normalize x; while initializing, nothing is updated and axis_name need not exist.
 
@@ -65,16 +79,19 @@ class BatchNorm(nn.BatchNorm):
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: `BatchNorm` whose training output is corrected toward the running statistics.
+    """Batch renormalization: `BatchNorm` whose training output is corrected toward the running
+    statistics.
 
-    Same variables and attributes (there are no virtual batches). Small batches gain from it; so do dependent ones, as in
-    reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for bit.
+    Same variables and attributes (there are no virtual batches). Small batches gain from it; so do
+    dependent ones, as in reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for
+    bit.
 
     Attributes:
         r_max: limit of the correction of the standard deviation, >= 1.
         d_max: limit of the correction of the mean, in running standard deviations, >= 0.
 
-    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values to the call.
+    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values
+        to the call.
     """
 
     r_max: Any = 3.0
@@ -106,15 +123,21 @@ class BatchRenorm(BatchNorm):
 
 def _call(layer, x, use_running_average, *, mask, residual, limits=None):
     """The body of both modules; a function, as a method would be one more row of nn.tabulate."""
-    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
+    use_running_average = nn.merge_param(
+        "use_running_average", layer.use_running_average, use_running_average
+    )
     x = jnp.asarray(x)
     features = tuple(x.shape[a] for a in flax_common.feature_axes(layer.axis, x.ndim))
     stats_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     mean = layer.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)
     var = layer.variable("batch_stats", "var", jnp.ones, features, stats_dtype)
     params = Params(
-        scale=layer.param("scale", layer.scale_init, features, layer.param_dtype) if layer.use_scale else None,
-        bias=layer.param("bias", layer.bias_init, features, layer.param_dtype) if layer.use_bias else None,
+        scale=layer.param("scale", layer.scale_init, features, layer.param_dtype)
+        if layer.use_scale
+        else None,
+        bias=layer.param("bias", layer.bias_init, features, layer.param_dtype)
+        if layer.use_bias
+        else None,
     )
     y, new = flax_common.batch_norm(
         layer,

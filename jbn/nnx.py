@@ -17,22 +17,29 @@ from jbn.types import Params, State
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalization with the arguments, defaults, variables and output dtype of `flax.nnx.BatchNorm`.
+    """Batch normalization with the arguments, defaults, variables and output dtype of
+    `flax.nnx.BatchNorm`.
 
         scale, bias: nnx.Param of shape (num_features,), param_dtype, or nnx.data(None)
         mean, var: nnx.BatchStat, likewise, float32 and never rounded to `dtype`
 
-    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized means are weighted by
-    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the statistics alone.
+    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized
+        means are weighted by
+    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the
+    statistics alone.
 
     Arguments of flax's that mean something else here:
-        use_fast_variance: accepted for compatibility. Both values give the same, stable variance; nothing is slower.
+        use_fast_variance: accepted for compatibility. Both values give the same, stable variance;
+            nothing is slower.
         promote_dtype: called as in flax, but the mean and var it returns are not used.
-        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no count.
+        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no
+            count.
 
     Arguments that flax's does not have:
-        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are fused.
-        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None for all.
+        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are
+            fused.
+        virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None
+            for all.
         unbiased: keep n / (n - 1) times the variance in var, as PyTorch does.
         skip_nonfinite: leave mean and var alone when the batch holds NaN or infinity.
         update_stats: False normalizes by the batch without touching mean and var.
@@ -97,13 +104,19 @@ class BatchNorm(nnx.BatchNorm):
         self.implementation = implementation
 
     def __call__(
-        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Array | None = None
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Array | None = None,
     ) -> Array:
         """Normalize x.
 
         Args:
             x: array of any dtype and rank.
-            use_running_average: normalize by mean and var instead of by the batch; goes before the constructor's.
+            use_running_average: normalize by mean and var instead of by the batch; goes before the
+                constructor's.
             mask: bool, broadcastable to x; False elements count for nothing, even if they are NaN.
             residual: floating array of x's shape, added before the activation.
 
@@ -146,30 +159,46 @@ class BatchNorm(nnx.BatchNorm):
         """What promote_dtype makes of x and the parameters, and flax's dtype of y; explicit, so allowed in strict promotion."""
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         with jax.numpy_dtype_promotion("standard"):
-            promoted, _, _, scale, bias = self.promote_dtype((x, state.mean, state.var, scale, bias), dtype=self.dtype)
+            promoted, _, _, scale, bias = self.promote_dtype(
+                (x, state.mean, state.var, scale, bias), dtype=self.dtype
+            )
             widened = jnp.promote_types(x.dtype, promoted.dtype) == promoted.dtype
         params = Params(scale, bias)
         dtype = flax_common.output_dtype(promoted, params, self.dtype)
-        # Flax's own function only casts. A wider cast changes no value, but would be kept for the backward pass.
-        only_cast = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(x.dtype, jnp.floating)
+        # Flax's own function only casts. A wider cast changes no value, but would be kept for the
+        # backward pass.
+        only_cast = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(
+            x.dtype, jnp.floating
+        )
         return x if only_cast and widened else promoted, params, dtype
 
 
 class BatchRenorm(BatchNorm):
-    """Batch renormalization: `BatchNorm` whose training output is corrected toward the running statistics.
+    """Batch renormalization: `BatchNorm` whose training output is corrected toward the running
+    statistics.
 
-    Same variables and arguments (there are no virtual batches). Small batches gain from it; so do dependent ones, as in
-    reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for bit.
+    Same variables and arguments (there are no virtual batches). Small batches gain from it; so do
+    dependent ones, as in reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for
+    bit.
 
     Arguments:
         r_max: limit of the correction of the standard deviation, >= 1.
         d_max: limit of the correction of the mean, in running standard deviations, >= 0.
         options: those of `BatchNorm`.
 
-    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values to the call.
+    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values
+        to the call.
     """
 
-    def __init__(self, num_features: int, *, r_max: float = 3.0, d_max: float = 5.0, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
         super().__init__(num_features, rngs=rngs, **options)
         self.r_max = r_max
         self.d_max = d_max

@@ -13,7 +13,8 @@ _BEFORE, _AFTER = "#d1581c", "#0b6fb8"
 
 
 def drift(report: Any) -> Any:
-    """How far training and running statistics lie apart: a heat map, one row per layer, one column per channel.
+    """How far training and running statistics lie apart: a heat map, one row per layer, one column
+    per channel.
 
     Args:
         report: of `jbn.health`, of a layer or a model, made with the moments of a batch.
@@ -26,15 +27,24 @@ def drift(report: Any) -> Any:
     """
     rows = {m.layer: m.drift for m in _layers(report) if m.drift is not None}
     if not rows:
-        raise ValueError("the report holds no drift, expected one made with moments: report(params, state, jbn.moments(x))")
+        raise ValueError(
+            "the report holds no drift, expected one made with moments: report(params, state, jbn.moments(x))"
+        )
     figure = _figure(10, 1.8 + 0.35 * len(rows))
     figure.suptitle("Drift of the batch from the running statistics", fontweight="bold")
-    _heat_map(figure, figure.subplots(), rows, "drift of the mean,\nrunning standard deviations", limits=(-3, 3))
+    _heat_map(
+        figure,
+        figure.subplots(),
+        rows,
+        "drift of the mean,\nrunning standard deviations",
+        limits=(-3, 3),
+    )
     return figure
 
 
 def overview(report: Any) -> Any:
-    """All numbers of a report as heat maps, one row per layer, one column per channel; drift only where it is known.
+    """All numbers of a report as heat maps, one row per layer, one column per channel; drift only
+    where it is known.
 
     Args:
         report: of `jbn.health`, of a layer or a model.
@@ -46,36 +56,69 @@ def overview(report: Any) -> Any:
         ModuleNotFoundError: matplotlib is missing.
     """
     layers = _layers(report)
-    rows = {name: {m.layer: getattr(m, name) for m in layers} for name in ("drift", "signal", "ratio", "one_sided", "scale")}
+    rows = {
+        name: {m.layer: getattr(m, name) for m in layers}
+        for name in ("drift", "signal", "ratio", "one_sided", "scale")
+    }
     rows["signal"] = {name: 1 - values for name, values in rows["signal"].items()}
     rows["ratio"] = {name: _log(values) for name, values in rows["ratio"].items()}
     panels = [
-        ("drift", "Drift: how far the batch's mean lies from the running mean", "running std", (-3, 3)),
-        ("signal", "Dead: 0 in a working channel, 1 where the input does not vary", "1 - √(var/(var+eps))", (0, 1)),
-        ("ratio", "Cancellation: at 2 the mean is 100 standard deviations", "log10 |mean| / std", (0, 2)),
-        ("one_sided", "Output: 0 is centred, beyond 4 on either side it hardly ever crosses zero", "mean / std", (-4, 4)),
+        (
+            "drift",
+            "Drift: how far the batch's mean lies from the running mean",
+            "running std",
+            (-3, 3),
+        ),
+        (
+            "signal",
+            "Dead: 0 in a working channel, 1 where the input does not vary",
+            "1 - √(var/(var+eps))",
+            (0, 1),
+        ),
+        (
+            "ratio",
+            "Cancellation: at 2 the mean is 100 standard deviations",
+            "log10 |mean| / std",
+            (0, 2),
+        ),
+        (
+            "one_sided",
+            "Output: 0 is centred, beyond 4 on either side it hardly ever crosses zero",
+            "mean / std",
+            (-4, 4),
+        ),
         ("scale", "Scale: 0 can be pruned", "scale", (-2, 2)),
     ]
     panels = [panel for panel in panels if any(v is not None for v in rows[panel[0]].values())]
     figure = _figure(10, len(panels) * (1.3 + 0.25 * len(layers)))
     figure.suptitle(
-        "Batch norms, one row per layer (grey: no such channel or not known, cross: not a number)", fontweight="bold"
+        "Batch norms, one row per layer (grey: no such channel or not known, cross: not a number)",
+        fontweight="bold",
     )
-    for ax, (name, title, unit, limits) in zip(np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True):
+    for ax, (name, title, unit, limits) in zip(
+        np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True
+    ):
         _heat_map(figure, ax, rows[name], unit, limits=limits)
         ax.set_title(title, fontsize=10, loc="left")
     return figure
 
 
 def before_after(
-    x: Array, params: Params, state: State | None = None, *, axis: int = -1, eps: float = 1e-5, channels: int = 8
+    x: Array,
+    params: Params,
+    state: State | None = None,
+    *,
+    axis: int = -1,
+    eps: float = 1e-5,
+    channels: int = 8,
 ) -> Any:
     """The distribution of each channel before and after a layer.
 
     Args:
         x: the input of the layer.
         params: scale and bias.
-        state: the running statistics to normalize by, as in evaluation; None for those of x, as in training.
+        state: the running statistics to normalize by, as in evaluation; None for those of x, as in
+            training.
         axis, eps: as in `jbn.batch_norm_train`.
         channels: how many to draw, the first ones.
 
@@ -83,24 +126,36 @@ def before_after(
         A matplotlib Figure.
 
     Raises:
-        ValueError, TypeError: as `jbn.batch_norm_train`.  ModuleNotFoundError: matplotlib is missing.
+        ValueError, TypeError: as `jbn.batch_norm_train`.  ModuleNotFoundError: matplotlib is
+            missing.
     """
     if state is None:
-        y, _ = functional.batch_norm_train(x, params, functional.init(x.shape[axis])[1], axis=axis, eps=eps)
+        y, _ = functional.batch_norm_train(
+            x, params, functional.init(x.shape[axis])[1], axis=axis, eps=eps
+        )
     else:
         y = functional.batch_norm_eval(x, params, state, axis=axis, eps=eps)
     figure = _figure(10, 4.2)
     mode = "statistics of the batch" if state is None else "running statistics"
     figure.suptitle(f"Before and after batch norm ({mode})", fontweight="bold")
-    for ax, values, title, color in zip(figure.subplots(1, 2), (x, y), ("before", "after"), (_BEFORE, _AFTER), strict=True):
+    for ax, values, title, color in zip(
+        figure.subplots(1, 2), (x, y), ("before", "after"), (_BEFORE, _AFTER), strict=True
+    ):
         columns = np.moveaxis(np.asarray(values, np.float64), axis, -1)
         columns = columns.reshape(-1, columns.shape[-1])[:, :channels]
-        parts = ax.violinplot(columns, positions=range(columns.shape[1]), showmedians=True, showextrema=False)
+        parts = ax.violinplot(
+            columns, positions=range(columns.shape[1]), showmedians=True, showextrema=False
+        )
         for body in parts["bodies"]:
             body.set(facecolor=color, alpha=0.6)
         parts["cmedians"].set_color("black")
         ax.axhline(0, color="black", lw=0.6)
-        ax.set(title=title, xlabel="channel (line: median)", ylabel="value", xticks=range(columns.shape[1]))
+        ax.set(
+            title=title,
+            xlabel="channel (line: median)",
+            ylabel="value",
+            xticks=range(columns.shape[1]),
+        )
     return figure
 
 
@@ -120,7 +175,10 @@ def history(states: Sequence[State], *, every: int = 1, channels: int = 8) -> An
     """
     if not states:
         raise ValueError("states is empty, expected the jbn.State of several steps, in order")
-    means, variances = (np.stack([np.ravel(getattr(s, name)) for s in states])[:, :channels] for name in ("mean", "var"))
+    means, variances = (
+        np.stack([np.ravel(getattr(s, name)) for s in states])[:, :channels]
+        for name in ("mean", "var")
+    )
     steps = every * np.arange(len(states))
     figure = _figure(10, 4.2)
     figure.suptitle("Running statistics over time", fontweight="bold")
@@ -147,7 +205,9 @@ def _figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("jbn.plot needs matplotlib: pip install 'jbn[examples]' or 'jbn[bench]'") from error
+        raise ModuleNotFoundError(
+            "jbn.plot needs matplotlib: pip install 'jbn[examples]' or 'jbn[bench]'"
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -161,7 +221,9 @@ def _heat_map(figure, ax, rows, unit, *, limits):
         broken = np.flatnonzero(~np.isfinite(values))
         ax.plot(broken, np.full(broken.size, y), "x", color="black")
     colormap = "RdBu_r" if limits[0] < 0 else "Reds"
-    colors = ax.imshow(np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap=colormap)
+    colors = ax.imshow(
+        np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap=colormap
+    )
     colors.set_clim(*limits)
     ax.set_facecolor("0.8")
     ax.set_yticks(range(len(rows)), list(rows), fontsize=8)

@@ -1,7 +1,9 @@
 """Which parameters an optimizer may touch: masks for optax that tell batch norms from the rest.
 
-Three choices are separate for every layer: which statistics normalize (`use_running_average`), whether the state updates
-(`update_stats` in the modules, keeping the old State in the functional API), and whether scale and bias train (here).
+Three choices are separate for every layer: which statistics normalize (`use_running_average`),
+    whether the state updates
+(`update_stats` in the modules, keeping the old State in the functional API), and whether scale and
+bias train (here).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +20,12 @@ def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda pa
         optax.masked(optax.set_to_zero(), norm_mask(params))                     freezes them (after the optimizer, in a chain)
         optax.add_decayed_weights(1e-4, mask=lambda p: not_(norm_mask(p)))        spares them weight decay
 
-    A layer is one that holds a "scale" (a "kernel" and "bias" is none), or a `jbn.Params`. A norm of flax with use_scale=False
-    holds only a "bias", as nothing else in Flax does, and counts too.
+    A layer is one that holds a "scale" (a "kernel" and "bias" is none), or a `jbn.Params`. A norm
+    of flax with use_scale=False holds only a "bias", as nothing else in Flax does, and counts too.
 
     Args:
-        params: tree of parameters: linen's, the pure dict of nnx.Params, or one that holds jbn.Params.
+        params: tree of parameters: linen's, the pure dict of nnx.Params, or one that holds
+            jbn.Params.
         select: function of a layer's path; layers it declines are False.
 
     Returns:
@@ -33,7 +36,11 @@ def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda pa
         if isinstance(tree, Params):
             return jax.tree.map(lambda _: select(path), tree)
         if isinstance(tree, Mapping):
-            if tree and set(tree) <= {"scale", "bias"} and not any(isinstance(v, Mapping) for v in tree.values()):
+            if (
+                tree
+                and set(tree) <= {"scale", "bias"}
+                and not any(isinstance(v, Mapping) for v in tree.values())
+            ):
                 return {name: select(path) for name in tree}
             return {key: mark(below, (*path, str(key))) for key, below in tree.items()}
         if isinstance(tree, (list, tuple)):

@@ -1,13 +1,17 @@
-"""Running statistics made anew from data, exactly: after averaging weights, quantizing, or moving to another domain.
+"""Running statistics made anew from data, exactly: after averaging weights, quantizing, or moving
+to another domain.
 
-The running averages of training belong to the weights of training.  For other weights (SWA, EMA, schedule-free) they are
-wrong, and what inference computes with them is not what was trained.  Here they become the pooled moments of the data,
+The running averages of training belong to the weights of training.  For other weights (SWA, EMA,
+schedule-free) they are
+wrong, and what inference computes with them is not what was trained.  Here they become the pooled
+moments of the data,
 weighted by count: no average of averages, and a short last batch counts as short.
 
-Every norm's input depends on the norms before it, so a pass over the data is exact for those whose predecessors are.  With
-the model in inference mode, passes repeat until nothing changes any more: as many as there are norms in the longest chain.
-With the model in train mode each norm reads what normalization by batches made (torch.optim.swa_utils.update_bn): one pass, an
-approximation, that is better the larger the batches.
+Every norm's input depends on the norms before it, so a pass over the data is exact for those whose
+predecessors are.  With the model in inference mode, passes repeat until nothing changes any more:
+as many as there are norms in the longest chain. With the model in train mode each norm reads what
+normalization by batches made (torch.optim.swa_utils.update_bn): one pass, an approximation, that is
+better the larger the batches.
 """
 
 import functools
@@ -27,7 +31,9 @@ from jbn.types import Moments, State
 _Found = dict[Any, Moments]
 
 
-def pooled_moments(batches: Iterable[Array | tuple[Array, Array]], *, axis: int | tuple[int, ...] = -1) -> Moments:
+def pooled_moments(
+    batches: Iterable[Array | tuple[Array, Array]], *, axis: int | tuple[int, ...] = -1
+) -> Moments:
     """The moments of all batches together.
 
     Args:
@@ -59,28 +65,36 @@ def recalibrate(
     """New states for a model written with the functional API.
 
     Args:
-        collect: function of (states, batch) to the moments of what each norm reads, `jbn.moments(x)`, under the same keys. It
-            runs the model in inference mode for exact statistics; jit-compiled here.
+        collect: function of (states, batch) to the moments of what each norm reads,
+            `jbn.moments(x)`, under the same keys. It runs the model in inference mode for exact
+            statistics; jit-compiled here.
         states: of all norms, by name.
-        batches: iterated once per pass: a list or a data loader, not a generator, unless passes is 1.
+        batches: iterated once per pass: a list or a data loader, not a generator, unless passes is
+            1.
         unbiased: store n / (n - 1) times the variance.
-        passes: at most so many; None for as many as there are norms. It ends sooner once nothing changes.
+        passes: at most so many; None for as many as there are norms. It ends sooner once nothing
+            changes.
         progress: show a bar (needs tqdm, of the extra "examples").
 
     Returns:
-        The states, with count the number of batches. A feature that no batch counted keeps its values.
+        The states, with count the number of batches. A feature that no batch counted keeps its
+        values.
 
     Raises:
         ValueError: no batches, or an iterator that cannot be iterated again.
     """
-    return _run(jax.jit(collect), states, batches, unbiased=unbiased, passes=passes, progress=progress)
+    return _run(
+        jax.jit(collect), states, batches, unbiased=unbiased, passes=passes, progress=progress
+    )
 
 
 def _run(collect, states, batches, *, unbiased=False, passes=None, progress=False):
     """`recalibrate` with a `collect` that is compiled already."""
     passes = len(states) if passes is None else passes
     if passes > 1 and iter(batches) is batches:
-        raise ValueError(f"batches is an iterator, expected one that gives the data {passes} times: a list, or passes=1")
+        raise ValueError(
+            f"batches is an iterator, expected one that gives the data {passes} times: a list, or passes=1"
+        )
     merge = jax.jit(lambda a, b: {key: stats.merge(a[key], b[key]) for key in a})
     states = dict(states)
     for number in range(passes):
@@ -92,26 +106,33 @@ def _run(collect, states, batches, *, unbiased=False, passes=None, progress=Fals
         if total is None:
             raise ValueError("batches is empty, expected at least one")
         before = states
-        states = {key: _replaced(state, total.get(key), unbiased, count) for key, state in states.items()}
+        states = {
+            key: _replaced(state, total.get(key), unbiased, count) for key, state in states.items()
+        }
         if _equal(before, states):
             break
     return states
 
 
 def recalibrate_linen(
-    apply: Callable[[Any, Any], Any], variables: Mapping[str, Any], batches: Iterable[Any], **options: Any
+    apply: Callable[[Any, Any], Any],
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    **options: Any,
 ) -> dict[str, Any]:
     """New batch_stats for a linen model, of jbn's or Flax's BatchNorm.
 
     Args:
-        apply: function of (variables, batch) that runs the model on a batch, such as `lambda v, batch: model.apply(v,
-            batch["image"], train=False)`. In train mode, with mutable=["batch_stats"], one pass makes the approximation.
+        apply: function of (variables, batch) that runs the model on a batch, such as `lambda v,
+            batch: model.apply(v, batch["image"], train=False)`. In train mode, with
+                mutable=["batch_stats"], one pass makes the approximation.
         variables: of the model.
         batches: iterated once per pass; each goes through jit.
         options: unbiased, passes, progress, as in `recalibrate`.
 
     Returns:
-        The variables with new batch_stats. Norms inside nn.scan and nn.vmap cannot be reached: JAX reports a leaked tracer.
+        The variables with new batch_stats. Norms inside nn.scan and nn.vmap cannot be reached: JAX
+        reports a leaked tracer.
     """
     flat = dict(_norms(variables["batch_stats"]))
 
@@ -132,7 +153,9 @@ def recalibrate_linen(
     return {**variables, "batch_stats": _nested(variables["batch_stats"], states)}
 
 
-def recalibrate_nnx(model: nnx.Module, batches: Iterable[Any], apply: Callable = lambda m, x: m(x), **options: Any) -> None:
+def recalibrate_nnx(
+    model: nnx.Module, batches: Iterable[Any], apply: Callable = lambda m, x: m(x), **options: Any
+) -> None:
     """New statistics, in place, for an nnx model of jbn's or Flax's BatchNorm.
 
     Args:
@@ -141,22 +164,35 @@ def recalibrate_nnx(model: nnx.Module, batches: Iterable[Any], apply: Callable =
         apply: function of (model, batch) that runs the model on a batch.
         options: unbiased, passes, progress, as in `recalibrate`.
     """
-    norms = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)}
+    norms = {
+        path: module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }
     graph, variables = nnx.split(model)
 
     @jax.jit
     def collect(variables, states, batch):
         found: _Found = {}
         copy = nnx.merge(graph, variables)
-        copied = {path: module for path, module in nnx.iter_modules(copy) if isinstance(module, nnx.BatchNorm)}
+        copied = {
+            path: module
+            for path, module in nnx.iter_modules(copy)
+            if isinstance(module, nnx.BatchNorm)
+        }
         for path, module in copied.items():
             module.mean[...], module.var[...] = states[path].mean, states[path].var
         _watch_children(copy, {id(module): path for path, module in copied.items()}, found)
         apply(copy, batch)
         return found
 
-    flat = {path: State(module.mean[...], module.var[...], jnp.int32(0)) for path, module in norms.items()}
-    for path, state in _run(functools.partial(collect, variables), flat, batches, **options).items():
+    flat = {
+        path: State(module.mean[...], module.var[...], jnp.int32(0))
+        for path, module in norms.items()
+    }
+    for path, state in _run(
+        functools.partial(collect, variables), flat, batches, **options
+    ).items():
         norms[path].mean[...], norms[path].var[...] = state.mean, state.var
 
 
@@ -218,7 +254,9 @@ def _nested(tree, states, path=()):
     """The tree with the norms' values from `states`."""
     if path in states:
         return {"mean": states[path].mean, "var": states[path].var}
-    return {k: _nested(v, states, (*path, k)) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    return {
+        k: _nested(v, states, (*path, k)) if isinstance(v, Mapping) else v for k, v in tree.items()
+    }
 
 
 def _shown(batches, progress, number):

@@ -35,7 +35,8 @@ class Moments(NamedTuple):
     """Statistics of a set of values; two of them merge exactly (Chan, Golub & LeVeque 1979).
 
     Attributes:
-        count: float32 (float64 for float64 values), the shape of the feature axes: sum of the weights, or how many values.
+        count: float32 (float64 for float64 values), the shape of the feature axes: sum of the
+            weights, or how many values.
         mean: their mean.
         m2: sum of weight * (value - mean)^2; the biased variance is m2 / count.
     """

@@ -1,10 +1,13 @@
 """The four functions as Pallas Mosaic GPU kernels, for Hopper and newer.
 
-A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 512 bytes.  A program walks
-down a chunk of rows, tile by tile: copies of the tensor memory accelerator (TMA) bring the next tiles to shared memory while
-four warps read this one, each lane 16 bytes of columns.  Beyond the end of an array such a copy writes nothing, and what it
-reads from there is not used.
-Reductions leave one partial result per chunk, and XLA merges the chunks: no atomics, the same bits every time.
+A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 512
+bytes.  A program walks
+down a chunk of rows, tile by tile: copies of the tensor memory accelerator (TMA) bring the next
+    tiles to shared memory while
+four warps read this one, each lane 16 bytes of columns.  Beyond the end of an array such a copy
+writes nothing, and what it reads from there is not used.
+Reductions leave one partial result per chunk, and XLA merges the chunks: no atomics, the same bits
+every time.
 """
 
 import math
@@ -14,13 +17,24 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jbn.kernels import blocks, gpu, pallas
+from jbn.kernels import blocks
+from jbn.kernels import shared_gpu as gpu
+from jbn.kernels import shared_pallas as pallas
 from jbn.kernels.blocks import Ring
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
 from jbn.kernels.mosaic_gpu_launch import Launch, launch_p
 from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, dx_dz_of, in_flight, y_of
 
-__all__ = ["bwd_apply", "bwd_fused", "bwd_stats", "fwd_apply", "fwd_fused", "fwd_stats", "unsupported", "unsupported_device"]
+__all__ = [
+    "bwd_apply",
+    "bwd_fused",
+    "bwd_stats",
+    "fwd_apply",
+    "fwd_fused",
+    "fwd_stats",
+    "unsupported",
+    "unsupported_device",
+]
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Data-center cards, then the others by series, as CUDA calls them.
@@ -40,7 +54,7 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
     channels = shape[-1]
     rows = math.prod(shape[:-1])
     unit = blocks.ALIGNED
-    if pallas.fold_factor(rows, channels, unit) * channels % unit:
+    if pallas.widening(rows, channels, unit) * channels % unit:
         return f"takes arrays whose rows can be put together to multiples of {unit} channels, not {rows} rows of {channels}"
     return None
 
@@ -58,7 +72,9 @@ def unsupported_device(kind: str) -> str | None:
 # Kernel bodies.
 
 
-def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, ring: Ring, bounce, vectors, **in_flight):
+def _fwd_stats_kernel(
+    x_ref, shift_ref, offset_ref, m2_ref, *, ring: Ring, bounce, vectors, **in_flight
+):
     """Of one chunk: the mean as shift + offset, and m2."""
     walk = Walk.begin(ring, (x_ref,), **in_flight)
     chunk_stats(walk, bounce, vectors)
@@ -79,7 +95,9 @@ def _fwd_apply_kernel(*refs, ring: Ring, activation, vectors, arrived, leaving, 
     walk.map(y_of(walk.affine(vectors_ref, vectors, arrived), activation), leaving, (y_ref,))
 
 
-def _bwd_apply_kernel(*refs, ring: Ring, activation, vectors, arrived, leaving, num_inputs, **in_flight):
+def _bwd_apply_kernel(
+    *refs, ring: Ring, activation, vectors, arrived, leaving, num_inputs, **in_flight
+):
     arrays, vectors_ref, results = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     walk = Walk.begin(ring, arrays, **in_flight)
     affine = walk.affine(vectors_ref, vectors, arrived)
@@ -102,7 +120,9 @@ def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
     )
     dtypes = (jnp.dtype(jnp.float32),) * num_results
     launch = Launch(kernel, ring, shapes, dtypes, scratch, tuple(options.items()), interpret)
-    return ring, [partial[:, : ring.width] for partial in launch_p.bind(*arrays, *vectors, launch=launch)]
+    return ring, [
+        partial[:, : ring.width] for partial in launch_p.bind(*arrays, *vectors, launch=launch)
+    ]
 
 
 def _map(kernel, arrays, vectors, dtypes, interpret, **options):
@@ -113,7 +133,15 @@ def _map(kernel, arrays, vectors, dtypes, interpret, **options):
         ("arrived", plgpu.Barrier()),
         ("leaving", tuple(plgpu.SMEM(ring.slots, dtype) for dtype in dtypes)),
     )
-    launch = Launch(kernel, ring, (arrays[0].shape,) * len(dtypes), dtypes, scratch, tuple(options.items()), interpret)
+    launch = Launch(
+        kernel,
+        ring,
+        (arrays[0].shape,) * len(dtypes),
+        dtypes,
+        scratch,
+        tuple(options.items()),
+        interpret,
+    )
     return launch_p.bind(*arrays, *vectors, launch=launch)
 
 
@@ -124,4 +152,9 @@ def _ring(arrays, dtypes=(), **options):
 
 _kernels = _fwd_stats_kernel, _fwd_apply_kernel, _bwd_stats_kernel, _bwd_apply_kernel
 _backend = gpu.Backend(*_kernels, blocks.warp_lanes, _reduce, _map)
-fwd_stats, fwd_apply, bwd_stats, bwd_apply = _backend.fwd_stats, _backend.fwd_apply, _backend.bwd_stats, _backend.bwd_apply
+fwd_stats, fwd_apply, bwd_stats, bwd_apply = (
+    _backend.fwd_stats,
+    _backend.fwd_apply,
+    _backend.bwd_stats,
+    _backend.bwd_apply,
+)

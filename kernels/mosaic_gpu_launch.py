@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import mlir
 
-from jbn.kernels import gpu, pallas
+from jbn.kernels import shared_gpu as gpu
+from jbn.kernels import shared_pallas as pallas
 from jbn.kernels.blocks import Ring
 
 _PARAMS = plgpu.CompilerParams(
@@ -33,7 +34,9 @@ class Launch(NamedTuple):
 
     def __call__(self, *operands):
         if self.interpret and jax.__version_info__ < (0, 11):
-            raise NotImplementedError("implementation 'mosaic_gpu/interpret' needs JAX 0.11: older interpreters know no TMA")
+            raise NotImplementedError(
+                "implementation 'mosaic_gpu/interpret' needs JAX 0.11: older interpreters know no TMA"
+            )
 
         def body(*refs, **scratch):
             self.kernel(*refs, ring=self.ring, **dict(self.options), **scratch)
@@ -41,7 +44,9 @@ class Launch(NamedTuple):
         body.__name__ = f"jbn{self.kernel.__name__.removesuffix('_kernel')}"
         return plgpu.kernel(
             body,
-            out_type=[pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)],
+            out_type=[
+                pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)
+            ],
             scratch_types=dict(self.scratch),
             grid=(self.ring.num_chunks, self.ring.num_columns),
             grid_names=("chunk", "column"),
@@ -57,7 +62,9 @@ def _alone(launch, results, *operands):
         with _INTERPRETER:
             return [np.asarray(a) for a in _interpreted(*map(np.asarray, operands), launch=launch)]
 
-    return jax.pure_callback(run, [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results], *operands)
+    return jax.pure_callback(
+        run, [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results], *operands
+    )
 
 
 _INTERPRETER = threading.Lock()
@@ -69,7 +76,8 @@ def _interpreted(*operands, launch):
 
 
 def _lower(context, launch, *operands):
-    # The interpreter has side effects on a state of its own, which the transformations around it need not know.
+    # The interpreter has side effects on a state of its own, which the transformations around it
+    # need not know.
     run = functools.partial(_alone, launch, context.avals_out) if launch.interpret else launch
     return mlir.lower_fun(run, multiple_results=True)(context, *operands)
 

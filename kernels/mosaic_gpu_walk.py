@@ -39,7 +39,9 @@ class Walk(NamedTuple):
 
     @property
     def num_tiles(self):
-        return jnp.minimum(self.ring.num_tiles, self.ring.row_tiles - self.chunk * self.ring.num_tiles)
+        return jnp.minimum(
+            self.ring.num_tiles, self.ring.row_tiles - self.chunk * self.ring.num_tiles
+        )
 
     def each(self, body: Callable, carry):
         """The last of carry = body(t, carry) over the tiles, each of which has landed when it is called."""
@@ -47,7 +49,9 @@ class Walk(NamedTuple):
         def step(t, carry):
             carry = body(t, carry)
             pl.when(t + self.ring.steps < self.num_tiles)(lambda: self._fetch(t + self.ring.steps))
-            pl.when(t + 1 < self.num_tiles)(lambda: plgpu.barrier_wait(self.landed.at[self._slot(t + 1)]))
+            pl.when(t + 1 < self.num_tiles)(
+                lambda: plgpu.barrier_wait(self.landed.at[self._slot(t + 1)])
+            )
             return carry
 
         return lax.fori_loop(0, self.num_tiles, step, carry)
@@ -61,7 +65,9 @@ class Walk(NamedTuple):
             plgpu.wait_smem_to_gmem((self.ring.steps - 1) * len(results), wait_read_only=True)
             for r, values in self.registers(t):
                 for slots, value in zip(leaving, compute(*values), strict=False):
-                    store(slots.at[slot, pl.ds(r, self.ring.register_rows)], value.astype(slots.dtype))
+                    store(
+                        slots.at[slot, pl.ds(r, self.ring.register_rows)], value.astype(slots.dtype)
+                    )
             plgpu.commit_smem()
             for slots, result in zip(leaving, results, strict=True):
                 plgpu.copy_smem_to_gmem(slots.at[slot], result.at[self._rows(t), self._cols()])
@@ -108,7 +114,9 @@ class Walk(NamedTuple):
         return plgpu.layout_cast(lax.broadcast_in_dim(loaded, shape, (1,)), self.layout)
 
     def zeros(self):
-        return plgpu.layout_cast(jnp.zeros((self.ring.register_rows, self.ring.block_cols), jnp.float32), self.layout)
+        return plgpu.layout_cast(
+            jnp.zeros((self.ring.register_rows, self.ring.block_cols), jnp.float32), self.layout
+        )
 
     def keep_rows(self, t, r, values):
         """Zero for rows beyond the end."""
@@ -140,7 +148,9 @@ class Walk(NamedTuple):
     def _fetch(self, t):
         slot = self._slot(t)
         for array, slots in zip(self.arrays, self.slots, strict=True):
-            plgpu.copy_gmem_to_smem(array.at[self._rows(t), self._cols()], slots.at[slot], self.landed.at[slot])
+            plgpu.copy_gmem_to_smem(
+                array.at[self._rows(t), self._cols()], slots.at[slot], self.landed.at[slot]
+            )
 
     def _slot(self, t):
         return t % self.ring.steps if isinstance(t, int) else lax.rem(t, jnp.int32(self.ring.steps))
@@ -161,9 +171,11 @@ class Walk(NamedTuple):
 
 
 def chunk_stats(walk, bounce, vectors):
-    """Into `vectors`, of one chunk: the mean as shift + offset, and m2. The shift is the mean of its first tile.
+    """Into `vectors`, of one chunk: the mean as shift + offset, and m2. The shift is the mean of
+    its first tile.
 
-    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its distance only, in one chunk.
+    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its
+    distance only, in one chunk.
     """
     zeros = walk.zeros()
     first = sum((walk.keep_rows(0, r, x) for r, (x, *_) in walk.registers(0)), start=zeros)
@@ -247,7 +259,9 @@ def layout(cols, vector):
     lane_rows = blocks.WARP * vector // cols
     rows = blocks.NUM_WARPS * lane_rows
     if lane_rows == 1:
-        return plgpu.Layout.TILED(plgpu.Tiling(((rows, cols), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((rows, cols), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+        )
     tiling = plgpu.Tiling(((rows, cols), (lane_rows, cols), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 

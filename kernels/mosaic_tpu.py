@@ -1,9 +1,11 @@
-"""The four functions as Pallas kernels for TPU, and forward and backward in one kernel each where a slab fits VMEM.
+"""The four functions as Pallas kernels for TPU, and forward and backward in one kernel each where a
+slab fits VMEM.
 
 For batch norm on its own: beside a convolution XLA's fusions are better (xla_tpu.py).
 
-x is read as [outer, inner, channels] or [outer, channels, inner] (tpu_blocks), whichever is its memory as XLA:TPU lays it
-out; k per-channel vectors are a [k, 1, channels] or [k, channels, 1] array.
+x is read as [outer, inner, channels] or [outer, channels, inner] (mosaic_tpu_blocks), whichever is
+its memory as XLA:TPU lays it out; k per-channel vectors are a [k, 1, channels] or [k, channels, 1]
+array.
 """
 
 import functools
@@ -16,11 +18,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jbn.kernels import mosaic_tpu_blocks
 from jbn.kernels import mosaic_tpu_bodies as bodies
-from jbn.kernels import tpu_blocks
-from jbn.kernels.pallas import channels_last, out_like
-from jbn.kernels.seam import Affine, Device, Pull, Stats
-from jbn.kernels.tpu_blocks import RowBlocks
+from jbn.kernels.mosaic_tpu_blocks import RowBlocks
+from jbn.kernels.seam import Affine, Device, Stats, StatsGradient
+from jbn.kernels.shared_pallas import channels_last, out_like
 
 
 def unsupported(shape: tuple[int, ...], dtype, axis: tuple[int, ...]) -> str | None:
@@ -30,34 +32,49 @@ def unsupported(shape: tuple[int, ...], dtype, axis: tuple[int, ...]) -> str | N
     return channels_last(shape, axis)
 
 
-def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool) -> Stats:
+def fwd_stats(
+    x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool
+) -> Stats:
     """Count, mean and m2 of each channel, by one read of x. No guess of the mean is needed."""
     del shift
     assert weights is None
     assert axis == (x.ndim - 1,)
-    blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
-    found = _call(bodies.fwd_stats, (_view(x, blocks),), (_vector(x, blocks),) * 3, blocks, sums=True, interpret=interpret)
+    blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
+    found = _call(
+        bodies.fwd_stats,
+        (_view(x, blocks),),
+        (_vector(x, blocks),) * 3,
+        blocks,
+        sums=True,
+        interpret=interpret,
+    )
     return _stats(found, blocks)
 
 
-def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool) -> Array:
+def fwd_apply(
+    x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool
+) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     assert axis == (x.ndim - 1,)
-    blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
+    blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.fwd_apply, activation=activation)
     operands = (_view(x, blocks), _view(residual, blocks), _stacked(affine, blocks))
     (y,) = _call(body, operands, (_rows(x, blocks, dtype),), blocks, interpret=interpret)
     return _unview(y, x, blocks)
 
 
-def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool) -> tuple[Array, Array]:
+def bwd_stats(
+    x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool
+) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - mean), by one read of x and dy."""
     assert weights is None
     assert axis == (x.ndim - 1,)
-    blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
+    blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.bwd_stats, activation=activation)
     operands = (*(_view(a, blocks) for a in (x, dy, saved)), _stacked(affine, blocks))
-    sum_dz, sum_dz_x = _call(body, operands, (_vector(x, blocks),) * 2, blocks, sums=True, interpret=interpret)
+    sum_dz, sum_dz_x = _call(
+        body, operands, (_vector(x, blocks),) * 2, blocks, sums=True, interpret=interpret
+    )
     return sum_dz.reshape(-1), sum_dz_x.reshape(-1)
 
 
@@ -66,7 +83,7 @@ def bwd_apply(
     dy: Array,
     affine: Affine,
     *,
-    pull: Pull | None,
+    stats_gradient: StatsGradient | None,
     saved,
     weights,
     axis,
@@ -77,14 +94,17 @@ def bwd_apply(
     """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
     assert weights is None
     assert axis == (x.ndim - 1,)
-    blocks = tpu_blocks.stream(x.shape, x.dtype.itemsize)
+    blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.bwd_apply, activation=activation)
     operands = (
         *(_view(a, blocks) for a in (x, dy, saved)),
         _stacked(affine, blocks),
-        None if pull is None else _stacked(pull, blocks),
+        None if stats_gradient is None else _stacked(stats_gradient, blocks),
     )
-    results = (_rows(x, blocks, x.dtype), None if residual_dtype is None else _rows(x, blocks, residual_dtype))
+    results = (
+        _rows(x, blocks, x.dtype),
+        None if residual_dtype is None else _rows(x, blocks, residual_dtype),
+    )
     dx, dresidual = _call(body, operands, results, blocks, interpret=interpret)
     return _unview(dx, x, blocks), _unview(dresidual, x, blocks)
 
@@ -104,14 +124,24 @@ def fwd_fused(
 ) -> tuple[Array, Stats] | None:
     """y and the statistics by one read of x and one write of y, or None where 128 channels do not fit VMEM."""
     assert axis == (x.ndim - 1,)
-    arrays, vmem_bytes = 2 if residual is None else 3, tpu_blocks.VMEM_BYTES.get(device.kind, 0)
-    blocks = tpu_blocks.resident(x.shape, _itemsize(x, residual, dtype), arrays, vmem_bytes)
+    arrays, vmem_bytes = (
+        2 if residual is None else 3,
+        mosaic_tpu_blocks.VMEM_BYTES.get(device.kind, 0),
+    )
+    blocks = mosaic_tpu_blocks.resident(x.shape, _itemsize(x, residual, dtype), arrays, vmem_bytes)
     if blocks is None:
         return None
     body = functools.partial(bodies.fwd_fused, activation=activation)
-    operands = (_view(x, blocks), _view(residual, blocks), _stacked((scale, bias), blocks), jnp.reshape(eps, (1,)))
+    operands = (
+        _view(x, blocks),
+        _view(residual, blocks),
+        _stacked((scale, bias), blocks),
+        jnp.reshape(eps, (1,)),
+    )
     results = (_rows(x, blocks, dtype), *(_vector(x, blocks),) * 3)
-    y, *found = _call(body, operands, results, blocks, scratch=3, vmem_bytes=vmem_bytes, interpret=interpret)
+    y, *found = _call(
+        body, operands, results, blocks, scratch=3, vmem_bytes=vmem_bytes, interpret=interpret
+    )
     return _unview(y, x, blocks), _stats(found, blocks)
 
 
@@ -130,14 +160,17 @@ def bwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Array | None, Array, Array] | None:
-    """(dx, dresidual, sum dz, sum dz * (x - mean)) by one read of x and dy, or None where 128 channels do not fit VMEM.
+    """(dx, dresidual, sum dz, sum dz * (x - mean)) by one read of x and dy, or None where 128
+    channels do not fit VMEM.
 
     d_stats: the cotangents of the batch's mean and biased variance.
     """
     assert axis == (x.ndim - 1,)
-    vmem_bytes = tpu_blocks.VMEM_BYTES.get(device.kind, 0)
+    vmem_bytes = mosaic_tpu_blocks.VMEM_BYTES.get(device.kind, 0)
     arrays = 3 + (saved is not None) + (residual_dtype is not None)
-    blocks = tpu_blocks.resident(x.shape, _itemsize(x, dy, saved, residual_dtype), arrays, vmem_bytes)
+    blocks = mosaic_tpu_blocks.resident(
+        x.shape, _itemsize(x, dy, saved, residual_dtype), arrays, vmem_bytes
+    )
     if blocks is None:
         return None
     body = functools.partial(bodies.bwd_fused, activation=activation)
@@ -154,11 +187,19 @@ def bwd_fused(
     dx, dresidual, sum_dz, sum_dz_x = _call(
         body, operands, results, blocks, scratch=2, vmem_bytes=vmem_bytes, interpret=interpret
     )
-    return _unview(dx, x, blocks), _unview(dresidual, x, blocks), sum_dz.reshape(-1), sum_dz_x.reshape(-1)
+    return (
+        _unview(dx, x, blocks),
+        _unview(dresidual, x, blocks),
+        sum_dz.reshape(-1),
+        sum_dz_x.reshape(-1),
+    )
 
 
-def _call(body, operands, results, blocks: RowBlocks, *, interpret, sums=False, scratch=0, vmem_bytes=None):
-    """Run body on every block: views by rows, stacked vectors by channels only, rank 1 whole; None stays None.
+def _call(
+    body, operands, results, blocks: RowBlocks, *, interpret, sums=False, scratch=0, vmem_bytes=None
+):
+    """Run body on every block: views by rows, stacked vectors by channels only, rank 1 whole; None
+    stays None.
 
     sums: whether results are gathered over the rows, which then are taken in sequence.
     scratch: vectors of scratch memory for body.
@@ -182,11 +223,15 @@ def _call(body, operands, results, blocks: RowBlocks, *, interpret, sums=False, 
         out_specs=out_specs,
         out_shape=results,
         scratch_shapes=[pltpu.VMEM(vectors(scratch), jnp.float32)] if scratch else [],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", order, order), vmem_limit_bytes=vmem_bytes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", order, order), vmem_limit_bytes=vmem_bytes
+        ),
         cost_estimate=pl.CostEstimate(
             flops=10 * math.prod(blocks.view),
             transcendentals=0,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, results))),
+            bytes_accessed=sum(
+                a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, results))
+            ),
         ),
         interpret=interpret,
         name=getattr(body, "func", body).__name__,
@@ -223,4 +268,6 @@ def _stats(found, blocks):
 
 def _itemsize(*arrays_or_dtypes):
     """Of the widest; None is skipped."""
-    return max(jnp.dtype(getattr(a, "dtype", a)).itemsize for a in arrays_or_dtypes if a is not None)
+    return max(
+        jnp.dtype(getattr(a, "dtype", a)).itemsize for a in arrays_or_dtypes if a is not None
+    )

@@ -1,6 +1,7 @@
 """The bodies of the TPU kernels: a block of channels meets its rows one block after the other.
 
-So sums stay in VMEM and are always taken in the same order.  A block is walked in chunks that fit registers.
+So sums stay in VMEM and are always taken in the same order.  A block is walked in chunks that fit
+registers.
 """
 
 from typing import NamedTuple
@@ -16,15 +17,17 @@ from jbn.kernels.seam import Affine, pre_activation, through_activation
 def fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
     """Each block of rows about the mean of all before it, the first about its own.
 
-    If n rows lie at a distance D from the mean of at least n others, taking their squares about that mean loses some
-    roundings of n D^2; but m2 of the whole is then n D^2 / 2 or more, so the digits lost are not digits of the result.
+    If n rows lie at a distance D from the mean of at least n others, taking their squares about
+    that mean loses some roundings of n D^2; but m2 of the whole is then n D^2 / 2 or more, so the
+    digits lost are not digits of the result.
     """
     place = _place(blocks)
 
     @pl.when(place.first)
     def _():
         (total,) = _sums(lambda at: (_load(x_ref, at),), blocks, place)
-        # The maximum changes nothing, but x - total / count would become one rounding less where XLA:CPU interprets this.
+        # The maximum changes nothing, but x - total / count would become one rounding less where
+        # XLA:CPU interprets this.
         shift_ref[...] = jnp.maximum(total / place.count, jnp.finfo(total.dtype).min)
         offset_ref[...] = jnp.zeros(total.shape, total.dtype)
         m2_ref[...] = jnp.zeros(total.shape, total.dtype)
@@ -40,7 +43,9 @@ def fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
     delta = (center - shift) + total / place.count - offset
     share = place.count / (place.before + place.count)
     offset_ref[...] = offset + delta * share
-    m2_ref[...] += jnp.maximum(squares - total * (total / place.count), 0) + jnp.square(delta) * (place.before * share)
+    m2_ref[...] += jnp.maximum(squares - total * (total / place.count), 0) + jnp.square(delta) * (
+        place.before * share
+    )
 
 
 def fwd_apply(x_ref, residual_ref, affine_ref, y_ref, *, blocks, activation):
@@ -53,7 +58,9 @@ def fwd_apply(x_ref, residual_ref, affine_ref, y_ref, *, blocks, activation):
     _for_chunks(body, blocks)
 
 
-def bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, *, blocks, activation):
+def bwd_stats(
+    x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, *, blocks, activation
+):
     place = _place(blocks)
     affine = Affine(*_vectors(affine_ref))
 
@@ -72,9 +79,22 @@ def bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, *,
     sum_dz_x_ref[...] += sum_dz_x
 
 
-def bwd_apply(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_ref, *, blocks, activation):
+def bwd_apply(
+    x_ref,
+    dy_ref,
+    saved_ref,
+    affine_ref,
+    stats_gradient_ref,
+    dx_ref,
+    dresidual_ref,
+    *,
+    blocks,
+    activation,
+):
     affine = Affine(*_vectors(affine_ref))
-    through_stats = None if pull_ref is None else Affine(affine.shift, *_vectors(pull_ref))
+    through_stats = (
+        None if stats_gradient_ref is None else Affine(affine.shift, *_vectors(stats_gradient_ref))
+    )
 
     def body(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
@@ -90,7 +110,18 @@ def bwd_apply(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_
 
 
 def fwd_fused(
-    x_ref, residual_ref, params_ref, eps_ref, y_ref, shift_ref, offset_ref, m2_ref, affine_ref, *, blocks, activation
+    x_ref,
+    residual_ref,
+    params_ref,
+    eps_ref,
+    y_ref,
+    shift_ref,
+    offset_ref,
+    m2_ref,
+    affine_ref,
+    *,
+    blocks,
+    activation,
 ):
     """All rows of a block of channels: y after the statistics, from one read of x."""
     fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, blocks=blocks)
@@ -112,20 +143,39 @@ def bwd_fused(
     dresidual_ref,
     sum_dz_ref,
     sum_dz_x_ref,
-    pull_ref,
+    stats_gradient_ref,
     *,
     blocks,
     activation,
 ):
     """All rows of a block of channels: dx after the sums, from one read of x and dy. through: offset, rstd, dmean, dvar."""
-    bwd_stats(x_ref, dy_ref, saved_ref, affine_ref, sum_dz_ref, sum_dz_x_ref, blocks=blocks, activation=activation)
+    bwd_stats(
+        x_ref,
+        dy_ref,
+        saved_ref,
+        affine_ref,
+        sum_dz_ref,
+        sum_dz_x_ref,
+        blocks=blocks,
+        activation=activation,
+    )
     gain, (offset, rstd, dmean, dvar) = affine_ref[1:2], _vectors(through_ref)
     dmean = dmean - gain * sum_dz_ref[...]
     dvar = dvar - gain * jnp.square(rstd) / 2 * (sum_dz_x_ref[...] - offset * sum_dz_ref[...])
     count = blocks.outer * blocks.inner
-    pull_ref[0:1] = 2 * dvar / count
-    pull_ref[1:2] = dmean / count - 2 * dvar / count * offset
-    bwd_apply(x_ref, dy_ref, saved_ref, affine_ref, pull_ref, dx_ref, dresidual_ref, blocks=blocks, activation=activation)
+    stats_gradient_ref[0:1] = 2 * dvar / count
+    stats_gradient_ref[1:2] = dmean / count - 2 * dvar / count * offset
+    bwd_apply(
+        x_ref,
+        dy_ref,
+        saved_ref,
+        affine_ref,
+        stats_gradient_ref,
+        dx_ref,
+        dresidual_ref,
+        blocks=blocks,
+        activation=activation,
+    )
 
 
 class _Place(NamedTuple):
@@ -147,7 +197,13 @@ def _place(blocks):
     # All inner blocks of an outer row come before the next outer row.
     before = i * (blocks.block_outer * blocks.inner) + here_outer * (j * blocks.block_inner)
     to_float = lambda n: n.astype(jnp.float32)
-    return _Place((i == 0) & (j == 0), to_float(here_outer * here_inner), to_float(before), left_outer, left_inner)
+    return _Place(
+        (i == 0) & (j == 0),
+        to_float(here_outer * here_inner),
+        to_float(before),
+        left_outer,
+        left_inner,
+    )
 
 
 def _for_chunks(body, blocks):
@@ -163,9 +219,13 @@ def _sums(terms, blocks, place):
         arrays = terms(index)
         if blocks.ragged:
             iota = lambda start, axis: start + lax.broadcasted_iota(jnp.int32, blocks.chunk, axis)
-            exists = (iota(outer, 0) < place.left_outer) & (iota(inner, _inner_axis(blocks)) < place.left_inner)
+            exists = (iota(outer, 0) < place.left_outer) & (
+                iota(inner, _inner_axis(blocks)) < place.left_inner
+            )
             arrays = tuple(jnp.where(exists, a, 0) for a in arrays)
-        return tuple(a.sum(0, keepdims=True).sum(_inner_axis(blocks), keepdims=True) for a in arrays)
+        return tuple(
+            a.sum(0, keepdims=True).sum(_inner_axis(blocks), keepdims=True) for a in arrays
+        )
 
     add = lambda k, sums: jax.tree.map(jnp.add, sums, chunk_sums(k))
     return lax.fori_loop(1, _num_chunks(blocks), add, chunk_sums(0))
@@ -182,7 +242,10 @@ def _index(k, blocks):
         outer, inner, inner_index = k * blocks.chunk_outer, 0, slice(None)
     else:
         outer, inner = k // per_outer * blocks.chunk_outer, k % per_outer * blocks.chunk_inner
-        inner_index = pl.ds(inner if isinstance(inner, int) else pl.multiple_of(inner, blocks.chunk_inner), blocks.chunk_inner)
+        inner_index = pl.ds(
+            inner if isinstance(inner, int) else pl.multiple_of(inner, blocks.chunk_inner),
+            blocks.chunk_inner,
+        )
     return blocks.arranged(pl.ds(outer, blocks.chunk_outer), inner_index, slice(None)), outer, inner
 
 

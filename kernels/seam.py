@@ -5,17 +5,22 @@ An implementation is a module with four functions of the same names and signatur
     fwd_stats(x, shift, weights, *, axis) -> Stats
     fwd_apply(x, affine, residual, *, axis, activation, dtype) -> y
     bwd_stats(x, dy, affine, *, saved, weights, axis, activation) -> (sum dz, sum dz * (x - shift))
-    bwd_apply(x, dy, affine, *, pull, saved, weights, axis, activation, residual_dtype) -> (dx, dresidual)
+    bwd_apply(x, dy, affine, *, stats_gradient, saved, weights, axis, activation, residual_dtype) ->
+    (dx, dresidual)
 
-One that keeps x on chip between the two passes over it has two more, and `device` says where it will run. They return None
-where x does not fit:
+One that keeps x on chip between the two passes over it has two more, and `device` says where it
+will run. They return None where x does not fit:
 
     fwd_fused(x, scale, bias, residual, eps, *, axis, activation, dtype, device) -> (y, Stats)
-    bwd_fused(x, dy, affine, *, offset, rstd, d_stats, saved, axis, activation, residual_dtype, device)
-        -> (dx, dresidual, sum dz, sum dz * (x - shift)); d_stats: the cotangents of the batch's mean and biased variance
+    bwd_fused(x, dy, affine, *, offset, rstd, d_stats, saved, axis, activation, residual_dtype,
+    device)
+        -> (dx, dresidual, sum dz, sum dz * (x - shift)); d_stats: the cotangents of the batch's
+        mean and biased variance
 
-x has any rank; `axis` is the ascending tuple of its feature axes, everything else is reduced.  A per-channel vector has the
-shape of the feature axes and the dtype of `accumulator(x)`.  z is the value before the activation and dz its cotangent.
+x has any rank; `axis` is the ascending tuple of its feature axes, everything else is reduced.  A
+per-channel vector has the
+shape of the feature axes and the dtype of `accumulator(x)`.  z is the value before the activation
+and dz its cotangent.
 """
 
 from typing import NamedTuple
@@ -25,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-# Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps anyway) stands in for z.
+# Their derivative is the same at y = activation(z) as at z, so y (which the next layer keeps
+# anyway) stands in for z.
 SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
 FUSED = (*SIGN_PRESERVING, jax.nn.silu, jax.nn.gelu)
 
@@ -57,7 +63,7 @@ class Affine(NamedTuple):
     bias: Array
 
 
-class Pull(NamedTuple):
+class StatsGradient(NamedTuple):
     """What the statistics send back to x: dx += weights * (intercept + slope * (x - shift))."""
 
     slope: Array
@@ -69,16 +75,17 @@ def reduced_axes(ndim, axis) -> tuple[int, ...]:
     return tuple(a for a in range(ndim) if a not in axis)
 
 
-def wide(vectors, ndim, axis):
+def broadcastable(vectors, ndim, axis):
     """Per-channel vectors (a pytree of them) made broadcastable against an array of rank ndim."""
     return jax.tree.map(lambda v: jnp.expand_dims(v, reduced_axes(ndim, axis)), vectors)
 
 
-def settled(shift):
+def round_shift(shift):
     """The shift without its last three bits: a number that every use reads alike.
 
-    XLA makes a division a product and may contract that with the subtraction x - shift: this one use would then see more
-    digits of the mean than the sums about it are corrected for (measured on CPU: y off by 4e-4 at mean 1e4, std 1).
+    XLA makes a division a product and may contract that with the subtraction x - shift: this one
+    use would then see more digits of the mean than the sums about it are corrected for (measured on
+    CPU: y off by 4e-4 at mean 1e4, std 1).
     """
     precision = jnp.finfo(shift.dtype)
     return lax.reduce_precision(shift, precision.nexp, precision.nmant - 3)
@@ -101,9 +108,11 @@ def pre_activation(x, affine: Affine, residual=None):
 
 
 def through_activation(x, dy, affine: Affine, saved, activation):
-    """dz = activation'(z) * dy, with z from the very expression of the forward pass; a tangent goes through the same way.
+    """dz = activation'(z) * dy, with z from the very expression of the forward pass; a tangent goes
+    through the same way.
 
-    saved: y where the activation preserves signs, the residual otherwise, None where no residual was added.
+    saved: y where the activation preserves signs, the residual otherwise, None where no residual
+        was added.
     """
     if activation is None:
         return dy
@@ -114,14 +123,14 @@ def through_activation(x, dy, affine: Affine, saved, activation):
     return jax.jvp(activation, (point,), (dy,))[1]
 
 
-def counted(weights):
+def is_counted(weights):
     """Where a weight is positive: a mask already is that."""
     return weights if weights.dtype == jnp.bool_ else weights > 0
 
 
-def read(x, weights, mean):
+def replace_masked(x, weights, mean):
     """(x as the formulas read it, where it was replaced): a zero-weight element that is not finite is read as the mean."""
     if weights is None:
         return x, None
-    unread = ~counted(weights) & ~jnp.isfinite(x)
-    return jnp.where(unread, mean.astype(x.dtype), x), unread
+    replaced = ~is_counted(weights) & ~jnp.isfinite(x)
+    return jnp.where(replaced, mean.astype(x.dtype), x), replaced

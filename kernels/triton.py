@@ -1,7 +1,8 @@
 """The four functions as Pallas Triton kernels, for Ampere and newer.
 
-A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 128 bytes.  Programs walk down
-tiles; those of a reduction leave one partial result per chunk of rows, and XLA merges the chunks: no atomics, the same bits
+A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 128
+bytes.  Programs walk down tiles; those of a reduction leave one partial result per chunk of rows,
+and XLA merges the chunks: no atomics, the same bits
 every time.  `interpret=True` runs the kernels on any platform.
 """
 
@@ -16,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.interpreters import mlir
 
-from jbn.kernels import blocks, gpu, pallas
+from jbn.kernels import blocks
+from jbn.kernels import shared_gpu as gpu
+from jbn.kernels import shared_pallas as pallas
 from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, pre_activation, through_activation
 
@@ -36,7 +39,8 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
 def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, tiles: Tiles):
     """Of one chunk: the mean as shift + offset, and m2. The shift is the mean of its first tile.
 
-    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its distance only, in one chunk.
+    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its
+    distance only, in one chunk.
     """
     here = _Place.of_program(tiles)
     shift = _float32(here.load(x_ref, 0)).sum(0) / here.count(tiles.block_rows)
@@ -80,7 +84,11 @@ def _fwd_apply_kernel(*refs, tiles: Tiles, activation):
 
 
 def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
-    arrays, vectors_ref, (dx_ref, *dz_refs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    arrays, vectors_ref, (dx_ref, *dz_refs) = (
+        refs[:num_inputs],
+        refs[num_inputs],
+        refs[num_inputs + 1 :],
+    )
     here = _Place.of_program(tiles)
     affine = here.load_affine(vectors_ref)
     slope, intercept = here.load_vectors(vectors_ref, 3, 5)
@@ -111,13 +119,16 @@ class _Place(NamedTuple):
 
     @classmethod
     def of_program(cls, tiles):
-        # Columns vary fastest over programs: those in flight together read adjacent lines of the same rows.
+        # Columns vary fastest over programs: those in flight together read adjacent lines of the
+        # same rows.
         chunk, column = pl.program_id(1), pl.program_id(0)
         return cls(tiles, chunk, chunk * tiles.chunk_rows, column * tiles.block_cols)
 
     def load(self, ref, t):
         mask = self._mask(t)
-        return plt.load(ref.at[self._rows(t), self._cols()], mask=mask, other=None if mask is None else 0.0)
+        return plt.load(
+            ref.at[self._rows(t), self._cols()], mask=mask, other=None if mask is None else 0.0
+        )
 
     def store(self, ref, t, value):
         plt.store(ref.at[self._rows(t), self._cols()], value.astype(ref.dtype), mask=self._mask(t))
@@ -126,7 +137,10 @@ class _Place(NamedTuple):
         """Rows of [vectors, width], each as [1, block_cols]."""
         mask = self._cols_mask()
         mask, other = (None, None) if mask is None else (mask[None], 0.0)
-        return [plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other) for i in range(first, last)]
+        return [
+            plt.load(ref.at[pl.ds(i, 1), self._cols()], mask=mask, other=other)
+            for i in range(first, last)
+        ]
 
     def load_affine(self, ref):
         return Affine(*self.load_vectors(ref, 0, 3))
@@ -186,14 +200,19 @@ class _Place(NamedTuple):
 
 def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
     tiles = blocks.reduced(*arrays[0].shape, arrays[0].dtype.itemsize)
-    shapes, dtypes = ((tiles.num_chunks, tiles.width),) * num_results, (jnp.dtype(jnp.float32),) * num_results
+    shapes, dtypes = (
+        ((tiles.num_chunks, tiles.width),) * num_results,
+        (jnp.dtype(jnp.float32),) * num_results,
+    )
     launch = _Launch(kernel, tiles, shapes, dtypes, tuple(options.items()), interpret)
     return tiles, _launch.bind(*arrays, *vectors, launch=launch)
 
 
 def _map(kernel, arrays, vectors, dtypes, interpret, **options):
     tiles = blocks.mapped(*arrays[0].shape, arrays[0].dtype.itemsize)
-    launch = _Launch(kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, tuple(options.items()), interpret)
+    launch = _Launch(
+        kernel, tiles, (arrays[0].shape,) * len(dtypes), dtypes, tuple(options.items()), interpret
+    )
     return _launch.bind(*arrays, *vectors, launch=launch)
 
 
@@ -215,7 +234,9 @@ class _Launch(NamedTuple):
             grid=(tiles.num_columns, tiles.num_chunks),
             in_specs=[anywhere] * len(operands),
             out_specs=[anywhere] * len(self.shapes),
-            out_shape=[pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)],
+            out_shape=[
+                pallas.out_like(operands[0], *a) for a in zip(self.shapes, self.dtypes, strict=True)
+            ],
             compiler_params=plt.CompilerParams(num_warps=blocks.NUM_WARPS, num_stages=1),
             interpret=self.interpret,
             name=f"jbn{self.kernel.__name__.removesuffix('_kernel')}",
@@ -223,13 +244,28 @@ class _Launch(NamedTuple):
 
 
 def _lower(context, launch, *operands):
-    # JAX 0.11 deprecated the Triton backend and says so whenever a kernel is lowered; the reader of that warning could do
-    # nothing about it.
+    # JAX 0.11 deprecated the Triton backend and says so whenever a kernel is lowered; the reader of
+    # that warning could do nothing about it.
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+        )
         return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
 
 
 _launch = gpu.launch_primitive("jbn_triton", _lower)
-_backend = gpu.Backend(_fwd_stats_kernel, _fwd_apply_kernel, _bwd_stats_kernel, _bwd_apply_kernel, blocks.lanes, _reduce, _map)
-fwd_stats, fwd_apply, bwd_stats, bwd_apply = _backend.fwd_stats, _backend.fwd_apply, _backend.bwd_stats, _backend.bwd_apply
+_backend = gpu.Backend(
+    _fwd_stats_kernel,
+    _fwd_apply_kernel,
+    _bwd_stats_kernel,
+    _bwd_apply_kernel,
+    blocks.lanes,
+    _reduce,
+    _map,
+)
+fwd_stats, fwd_apply, bwd_stats, bwd_apply = (
+    _backend.fwd_stats,
+    _backend.fwd_apply,
+    _backend.bwd_stats,
+    _backend.bwd_apply,
+)

@@ -1,7 +1,9 @@
 """The four functions in jax.numpy: the specification of every kernel, and the fast path on CPU.
 
-On CPU the time is decided by what XLA fuses into its YNNPACK reductions: a convert, subtract or multiply joins one only if
-nothing else uses it, and common-subexpression elimination makes reductions share.  `_isolate` prevents the sharing.
+On CPU the time is decided by what XLA fuses into its YNNPACK reductions: a convert, subtract or
+multiply joins one only if
+nothing else uses it, and common-subexpression elimination makes reductions share.  `_isolate`
+prevents the sharing.
 """
 
 import math
@@ -12,19 +14,20 @@ from jax import Array, lax
 
 from jbn.kernels.seam import (
     Affine,
-    Pull,
     Stats,
+    StatsGradient,
     accumulator,
     barrier,
-    counted,
+    broadcastable,
+    is_counted,
     pre_activation,
     reduced_axes,
-    settled,
+    round_shift,
     through_activation,
-    wide,
 )
 
-# E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured there: var within 2e-5).
+# E[x^2] - E[x]^2 loses (mean / std)^2 roundings: beyond mean = 10 std it is not used (measured
+# there: var within 2e-5).
 MAX_SQUARED_MEAN = 100.0
 
 
@@ -34,45 +37,60 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     return _plain_stats(x, axis) if weights is None else _weighted_stats(x, weights, axis)
 
 
-def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
+def fwd_apply(
+    x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
+) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
-    z = pre_activation(x.astype(acc), _wide_map(affine, x.ndim, axis), _cast(residual, acc))
+    z = pre_activation(x.astype(acc), _vectors(affine, x.ndim, axis), _cast(residual, acc))
     if activation is jax.nn.relu and residual is not None:
-        # As a select: XLA would make a maximum, the residual read for it included, again in the backward pass.
+        # As a select: XLA would make a maximum, the residual read for it included, again in the
+        # backward pass.
         return jnp.where(z <= 0, 0, z).astype(dtype)
     return (z if activation is None else activation(z)).astype(dtype)
 
 
-def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
+def bwd_stats(
+    x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
+) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - shift)."""
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
     sum_dz = _isolate(3, dz).astype(acc).sum(reduced)
-    x, dz, shift = _isolate(4, x, dz, wide(affine.shift, x.ndim, axis))
+    x, dz, shift = _isolate(4, x, dz, broadcastable(affine.shift, x.ndim, axis))
     centered = lambda x, dz, shift: (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
     if activation is not None and saved is None:
         sum_dz_x = centered(x, dz, shift)  # beside a conditional dx would not take the memory of dz
     else:
-        # The subtraction makes this pass 1.2 to 1.6 times as long, and near zero there is nothing to subtract.
+        # The subtraction makes this pass 1.2 to 1.6 times as long, and near zero there is nothing
+        # to subtract.
         plain = lambda x, dz, shift: (dz.astype(acc) * x.astype(acc)).sum(reduced)
         sum_dz_x = lax.cond(jnp.all(shift == 0), plain, centered, x, dz, shift)
     return sum_dz, sum_dz_x
 
 
 def bwd_apply(
-    x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    stats_gradient: StatsGradient | None,
+    saved,
+    weights,
+    axis,
+    activation,
+    residual_dtype,
 ) -> tuple[Array, Array | None]:
     """dx = gain * dz + weights * (intercept + slope * (x - mean)), and dz itself for the residual where there is one."""
     acc = accumulator(x.dtype)
     dtype = x.dtype
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = _wide_map(affine, x.ndim, axis).gain * dz.astype(acc)
-    if pull is not None:
+    dx = _vectors(affine, x.ndim, axis).gain * dz.astype(acc)
+    if stats_gradient is not None:
         # (x - shift) first: it is exact where x is near the mean.
-        through_mean = Affine(affine.shift, pull.slope, pull.intercept)
-        through = pre_activation(x.astype(acc), _wide_map(through_mean, x.ndim, axis))
+        through_mean = Affine(affine.shift, stats_gradient.slope, stats_gradient.intercept)
+        through = pre_activation(x.astype(acc), _vectors(through_mean, x.ndim, axis))
         dx = dx + (through if weights is None else through * weights.astype(acc))
     return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
@@ -89,14 +107,17 @@ def _plain_stats(x, axis):
         return jnp.zeros_like(mean), mean, var
 
     def far(x):
-        shift = settled(mean)
+        shift = round_shift(mean)
         (x1, shift1), (x2, shift2) = _isolate(1, x, shift), _isolate(2, x, shift)
-        offset = (x1.astype(acc) - wide(shift1, x.ndim, axis)).sum(reduced) / count
-        var = jnp.square(x2.astype(acc) - wide(shift2, x.ndim, axis)).sum(reduced) / count - offset * offset
+        offset = (x1.astype(acc) - broadcastable(shift1, x.ndim, axis)).sum(reduced) / count
+        var = (
+            jnp.square(x2.astype(acc) - broadcastable(shift2, x.ndim, axis)).sum(reduced) / count
+            - offset * offset
+        )
         return shift, offset, var
 
-    # The shift differs between the branches, so it leaves them as an array: otherwise XLA would make it again, division and
-    # all, for every element of every pass over x.
+    # The shift differs between the branches, so it leaves them as an array: otherwise XLA would
+    # make it again, division and all, for every element of every pass over x.
     shift, offset, var = lax.cond(jnp.all(mean * mean <= MAX_SQUARED_MEAN * var), near, far, x)
     return Stats(jnp.full_like(mean, count), shift, offset, jnp.maximum(var, 0) * count)
 
@@ -109,8 +130,8 @@ def _weighted_stats(x, weights, axis):
     count = weights.sum(reduced)
     divisor = jnp.where(count > 0, count, 1)
     x = jnp.where(weights > 0, x.astype(acc), 0)
-    shift = settled((weights * x).sum(reduced) / divisor)
-    centered = jnp.where(weights > 0, x - wide(shift, x.ndim, axis), 0)
+    shift = round_shift((weights * x).sum(reduced) / divisor)
+    centered = jnp.where(weights > 0, x - broadcastable(shift, x.ndim, axis), 0)
     offset = (weights * centered).sum(reduced) / divisor
     m2 = (weights * jnp.square(centered)).sum(reduced) - count * jnp.square(offset)
     return Stats(count, shift, offset, jnp.maximum(m2, 0))
@@ -125,14 +146,17 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         saved = None if saved is None else lax.optimization_barrier(saved).astype(acc)
         arriving = dy.astype(acc)
         if activation is jax.nn.relu and dy.dtype == acc:
-            # y > 0 is so short that LLVM unrolls a loop over 32 channels, and does not vectorize it then: twice the time.
+            # y > 0 is so short that LLVM unrolls a loop over 32 channels, and does not vectorize it
+            # then: twice the time.
             saved = None if saved is None else saved + jnp.abs(saved)
             arriving = _read_twice(arriving)
-        dz = through_activation(x.astype(acc), arriving, _wide_map(affine, x.ndim, axis), saved, activation)
+        dz = through_activation(
+            x.astype(acc), arriving, _vectors(affine, x.ndim, axis), saved, activation
+        )
         # Relu's mask only keeps or drops; another derivative keeps its digits.
         dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
     if weights is not None:
-        dz = jnp.where(~counted(weights) & ~jnp.isfinite(dz), 0, dz)
+        dz = jnp.where(~is_counted(weights) & ~jnp.isfinite(dz), 0, dz)
     return dz if dz is dy else lax.optimization_barrier(dz)
 
 
@@ -145,9 +169,9 @@ def _read_twice(dy):
 _read_twice.defjvp(lambda primals, tangents: (_read_twice(*primals), *tangents))
 
 
-def _wide_map(affine, ndim, axis):
+def _vectors(affine, ndim, axis):
     """The map with three vectors, made before the pass over x: XLA would fuse their making into every element of it."""
-    return wide(barrier(affine), ndim, axis)
+    return broadcastable(barrier(affine), ndim, axis)
 
 
 def _isolate(depth, *values):

@@ -1,6 +1,8 @@
-"""The four functions in jax.numpy, placed for XLA:GPU, where every pass over memory counts and a launch costs little.
+"""The four functions in jax.numpy, placed for XLA:GPU, where every pass over memory counts and a
+launch costs little.
 
-Statistics take one pass, about a shift that a sample of x gives.  Weighted calls are those of `xla`.
+Statistics take one pass, about a shift that a sample of x gives.  Weighted calls are those of
+`xla`.
 """
 
 import math
@@ -13,18 +15,19 @@ from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,
     Affine,
-    Pull,
     Stats,
+    StatsGradient,
     accumulator,
     barrier,
+    broadcastable,
     pre_activation,
     reduced_axes,
-    settled,
+    round_shift,
     through_activation,
-    wide,
 )
 
-# Rows per group of the sample whose means vote on the shift: within std / 4 of the mean, and 48 rows are read in all.
+# Rows per group of the sample whose means vote on the shift: within std / 4 of the mean, and 48
+# rows are read in all.
 GROUP_ROWS = 16
 
 
@@ -35,70 +38,96 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     reduced = reduced_axes(x.ndim, axis)
     count = math.prod(x.shape[a] for a in reduced)
     shift = _near_mean(x, shift, axis)
-    centered = x.astype(shift.dtype) - wide(shift, x.ndim, axis)
+    centered = x.astype(shift.dtype) - broadcastable(shift, x.ndim, axis)
     total, squares = centered.sum(reduced), jnp.square(centered).sum(reduced)
     offset = total / count
-    return Stats(jnp.full_like(shift, count), shift, offset, jnp.maximum(squares - total * offset, 0))
+    return Stats(
+        jnp.full_like(shift, count), shift, offset, jnp.maximum(squares - total * offset, 0)
+    )
 
 
-def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
+def fwd_apply(
+    x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
+) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
-    vectors = wide(affine, x.ndim, axis)
+    vectors = broadcastable(affine, x.ndim, axis)
     if residual is None or activation not in (None, *SIGN_PRESERVING):
-        z = pre_activation(x.astype(acc), vectors, None if residual is None else residual.astype(acc))
+        z = pre_activation(
+            x.astype(acc), vectors, None if residual is None else residual.astype(acc)
+        )
     else:
         # In float32 the residual would be kept for the backward pass in another fusion than y's.
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     y = (z if activation is None else activation(z)).astype(dtype)
-    # A barrier on y, which the backward pass reads, or XLA computes it again in each of its users.  One on a y without a
-    # residual would keep a max-pool or projection out of its fusion.
+    # A barrier on y, which the backward pass reads, or XLA computes it again in each of its users.
+    # One on a y without a residual would keep a max-pool or projection out of its fusion.
     return y if residual is None or activation is None else lax.optimization_barrier(y)
 
 
-def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
+def bwd_stats(
+    x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
+) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - mean)."""
     if weights is not None:
-        return xla.bwd_stats(x, dy, affine, saved=saved, weights=weights, axis=axis, activation=activation)
+        return xla.bwd_stats(
+            x, dy, affine, saved=saved, weights=weights, axis=axis, activation=activation
+        )
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
-    dz = [_cotangent(x, dy, _own(depth, affine), saved, axis, activation).astype(acc) for depth in (1, 2)]
+    dz = [
+        _cotangent(x, dy, _own(depth, affine), saved, axis, activation).astype(acc)
+        for depth in (1, 2)
+    ]
     sum_dz = dz[0].sum(reduced)
-    sum_dz_x = (dz[1] * (x.astype(acc) - wide(affine.shift, x.ndim, axis))).sum(reduced)
+    sum_dz_x = (dz[1] * (x.astype(acc) - broadcastable(affine.shift, x.ndim, axis))).sum(reduced)
     return sum_dz, sum_dz_x
 
 
 def bwd_apply(
-    x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    stats_gradient: StatsGradient | None,
+    saved,
+    weights,
+    axis,
+    activation,
+    residual_dtype,
 ) -> tuple[Array, Array | None]:
     """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
     if weights is not None:
         known = {"saved": saved, "weights": weights, "axis": axis, "activation": activation}
-        return xla.bwd_apply(x, dy, affine, pull=pull, residual_dtype=residual_dtype, **known)
+        return xla.bwd_apply(
+            x, dy, affine, stats_gradient=stats_gradient, residual_dtype=residual_dtype, **known
+        )
     acc = accumulator(x.dtype)
     dz = _cotangent(x, dy, _own(3, affine), saved, axis, activation)
-    dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
-    if pull is not None:
-        through_mean = Affine(affine.shift, pull.slope, pull.intercept)
-        dx = dx + pre_activation(x.astype(acc), wide(through_mean, x.ndim, axis))
+    dx = broadcastable(affine.gain, x.ndim, axis) * dz.astype(acc)
+    if stats_gradient is not None:
+        through_mean = Affine(affine.shift, stats_gradient.slope, stats_gradient.intercept)
+        dx = dx + pre_activation(x.astype(acc), broadcastable(through_mean, x.ndim, axis))
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
 def _near_mean(x, guess, axis):
-    """A value of each channel near its mean: the median of the means of three groups of rows, spread over x.
+    """A value of each channel near its mean: the median of the means of three groups of rows,
+    spread over x.
 
-    One far-off value, wherever it lies, moves one of the three; what is not finite is read as the guess, or zero.
+    One far-off value, wherever it lies, moves one of the three; what is not finite is read as the
+    guess, or zero.
     """
     guess = jnp.where(jnp.isfinite(guess), guess, 0)
     reduced = reduced_axes(x.ndim, axis)
     rows = _sample(x, reduced).astype(guess.dtype)
     rows = jnp.where(jnp.isfinite(rows), rows, guess[None])
     if len(rows) < 3:
-        return settled(rows.mean(0))
+        return round_shift(rows.mean(0))
     first, second, third = rows[: len(rows) // 3 * 3].reshape(-1, 3, *guess.shape).mean(0)
     low, high = jnp.minimum(first, second), jnp.maximum(first, second)
-    return settled(jnp.maximum(low, jnp.minimum(high, third)))
+    return round_shift(jnp.maximum(low, jnp.minimum(high, third)))
 
 
 def _sample(x, reduced):
@@ -120,7 +149,9 @@ def _cotangent(x, dy, affine, saved, axis, activation):
     acc = accumulator(x.dtype)
     saved = None if saved is None else saved.astype(acc)
     # In float32: XLA would share the zeros of a bfloat16 select with a max-pool's, as an array.
-    return through_activation(x.astype(acc), dy.astype(acc), wide(affine, x.ndim, axis), saved, activation)
+    return through_activation(
+        x.astype(acc), dy.astype(acc), broadcastable(affine, x.ndim, axis), saved, activation
+    )
 
 
 def _own(depth, affine):

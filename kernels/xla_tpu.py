@@ -1,8 +1,10 @@
 """The four functions in jax.numpy, placed for XLA:TPU.
 
-XLA:TPU computes the statistics in the epilogue of the convolution that makes x, and normalizes where y is read, so that
-inside a convolutional network batch norm costs almost no pass of its own.  What keeps these fusions: one pass for mean and
-variance, about a shift known before x is; no barriers; the residual added and the cotangent masked in the dtype of the
+XLA:TPU computes the statistics in the epilogue of the convolution that makes x, and normalizes
+where y is read, so that
+inside a convolutional network batch norm costs almost no pass of its own.  What keeps these
+fusions: one pass for mean and variance, about a shift known before x is; no barriers; the residual
+    added and the cotangent masked in the dtype of the
 activations, not in float32.
 """
 
@@ -14,30 +16,34 @@ from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,
     Affine,
-    Pull,
     Stats,
+    StatsGradient,
     accumulator,
-    counted,
+    broadcastable,
+    is_counted,
     pre_activation,
     reduced_axes,
     through_activation,
-    wide,
 )
 from jbn.kernels.xla import MAX_SQUARED_MEAN
 
 
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
-    """Count, mean and m2 of each channel in one pass about `shift`, or in two where `shift` is far from the mean.
+    """Count, mean and m2 of each channel in one pass about `shift`, or in two where `shift` is far
+    from the mean.
 
-    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  Where the second look is not taken it still
-    costs two small kernels, and x a place on the chip.  Million estimated cycles of a ResNet-50 step, flax's in brackets:
-    v5e 105.3 (105.2; without the second look 104.9), four of them 106.1 (106.8); v6e 55.7 (55.5), four of them 55.8 (55.9).
+    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  Where the second
+    look is not taken it still
+    costs two small kernels, and x a place on the chip.  Million estimated cycles of a ResNet-50
+    step, flax's in brackets: v5e 105.3 (105.2; without the second look 104.9), four of them 106.1
+    (106.8); v6e 55.7 (55.5), four of them 55.8 (55.9).
     """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
     count = x.size // shift.size
-    # The guess may be anything. NaN, or so large that shift + total / count would be rough, it is worth no more than zero.
-    # Inside the branch it would take a pass more there, and the compiler then keeps x on the chip at the cost of y: 105.5 M.
+    # The guess may be anything. NaN, or so large that shift + total / count would be rough, it is
+    # worth no more than zero. Inside the branch it would take a pass more there, and the compiler
+    # then keeps x on the chip at the cost of y: 105.5 M.
     shift = jnp.where(jnp.abs(shift) < 1e6, shift, 0)
     total, squares = _sums_about(x, shift, axis)
 
@@ -48,49 +54,67 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     near = jnp.all(jnp.square(total) * ((1 + 1 / MAX_SQUARED_MEAN) / count) <= squares)
     shift, total, squares = lax.cond(near, lambda x: (shift, total, squares), about_mean, x)
     offset = total / count
-    return Stats(jnp.full_like(shift, count), shift, offset, jnp.maximum(squares - total * offset, 0))
+    return Stats(
+        jnp.full_like(shift, count), shift, offset, jnp.maximum(squares - total * offset, 0)
+    )
 
 
-def fwd_apply(x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
+def fwd_apply(
+    x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
+) -> Array:
     """y = activation((x - mean) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
-    vectors = wide(affine, x.ndim, axis)
+    vectors = broadcastable(affine, x.ndim, axis)
     if residual is None or activation not in (None, *SIGN_PRESERVING):
-        z = pre_activation(x.astype(acc), vectors, None if residual is None else residual.astype(acc))
+        z = pre_activation(
+            x.astype(acc), vectors, None if residual is None else residual.astype(acc)
+        )
     else:
-        # Adding in float32 costs 8 % of a ResNet-50 step: the residual's fusion is not merged with this one.
+        # Adding in float32 costs 8 % of a ResNet-50 step: the residual's fusion is not merged with
+        # this one.
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     return (z if activation is None else activation(z)).astype(dtype)
 
 
-def bwd_stats(x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
+def bwd_stats(
+    x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
+) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - mean)."""
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation).astype(acc)
     sum_dz = dz.sum(reduced)
-    sum_dz_x = (dz * (x.astype(acc) - wide(affine.shift, x.ndim, axis))).sum(reduced)
+    sum_dz_x = (dz * (x.astype(acc) - broadcastable(affine.shift, x.ndim, axis))).sum(reduced)
     return sum_dz, sum_dz_x
 
 
 def bwd_apply(
-    x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    stats_gradient: StatsGradient | None,
+    saved,
+    weights,
+    axis,
+    activation,
+    residual_dtype,
 ) -> tuple[Array, Array | None]:
     """dx = gain * dz + weights * (intercept + slope * (x - mean)), and dz itself for the residual where there is one."""
     acc = accumulator(x.dtype)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = wide(affine.gain, x.ndim, axis) * dz.astype(acc)
-    if pull is not None:
-        slope, intercept = wide(pull, x.ndim, axis)
-        through = (x.astype(acc) - wide(affine.shift, x.ndim, axis)) * slope + intercept
+    dx = broadcastable(affine.gain, x.ndim, axis) * dz.astype(acc)
+    if stats_gradient is not None:
+        slope, intercept = broadcastable(stats_gradient, x.ndim, axis)
+        through = (x.astype(acc) - broadcastable(affine.shift, x.ndim, axis)) * slope + intercept
         dx = dx + (through if weights is None else through * weights.astype(acc))
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
 def _sums_about(x, shift, axis):
     """Sums of x - shift and of its square."""
-    centered = x.astype(shift.dtype) - wide(shift, x.ndim, axis)
+    centered = x.astype(shift.dtype) - broadcastable(shift, x.ndim, axis)
     reduced = reduced_axes(x.ndim, axis)
     return centered.sum(reduced), jnp.square(centered).sum(reduced)
 
@@ -98,7 +122,7 @@ def _sums_about(x, shift, axis):
 def _cotangent(x, dy, affine, saved, weights, axis, activation):
     """dz; relu's stays in dy's dtype."""
     acc = accumulator(x.dtype)
-    vectors = wide(affine, x.ndim, axis)
+    vectors = broadcastable(affine, x.ndim, axis)
     if activation is None:
         dz = dy
     elif activation is jax.nn.relu:
@@ -107,4 +131,4 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
     else:
         saved = None if saved is None else saved.astype(acc)
         dz = through_activation(x.astype(acc), dy.astype(acc), vectors, saved, activation)
-    return dz if weights is None else jnp.where(~counted(weights) & ~jnp.isfinite(dz), 0, dz)
+    return dz if weights is None else jnp.where(~is_counted(weights) & ~jnp.isfinite(dz), 0, dz)

@@ -1,7 +1,8 @@
 """The environment of every test: 8 host devices, and JAX at its strictest around jbn's own calls.
 
-Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as lenient as other libraries need;
-aot(modules) needs wheels that compile for an accelerator; grid is deselected unless asked for (-m grid); slow takes > 10 s.
+Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
+lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
+deselected unless asked for (-m grid); slow takes > 10 s.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ import pytest  # noqa: E402
 AOT_MODULES = ("libtpu", "jax_cuda13_plugin")
 
 # No deadline: the first example compiles. Derandomized: a failure is everybody's, not one run's.
-hypothesis.settings.register_profile("jbn", deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.register_profile(
+    "jbn", deadline=None, derandomize=True, database=None, max_examples=25
+)
 hypothesis.settings.load_profile("jbn")
 
 
@@ -40,6 +43,8 @@ def _strict(request):
 def pytest_runtest_setup(item):
     """@pytest.mark.aot("libtpu"), or without arguments all the wheels of the aot extra: skipped by name where missing."""
     for marker in item.iter_markers("aot"):
-        missing = [name for name in marker.args or AOT_MODULES if importlib.util.find_spec(name) is None]
+        missing = [
+            name for name in marker.args or AOT_MODULES if importlib.util.find_spec(name) is None
+        ]
         if missing:
             pytest.skip(f"needs {', '.join(missing)} of the aot extra: pip install 'jbn[aot]'")

@@ -64,7 +64,12 @@ BAD_OPTIONS = [
 
 def options_id(options):
     """A test's name, without addresses: pytest-xdist wants the same names in every worker."""
-    return str({key: getattr(value, "__name__", "function") if callable(value) else value for key, value in options.items()})
+    return str(
+        {
+            key: getattr(value, "__name__", "function") if callable(value) else value
+            for key, value in options.items()
+        }
+    )
 
 
 def data(shape=SHAPE, dtype=np.float32, seed=0, mean=0.5, std=2.0):
@@ -79,7 +84,8 @@ def strict():
 
 
 def close(ours, theirs, factor=64):
-    """Trees equal in structure, dtypes and shapes, and in value to `factor` roundings of the coarsest dtype among them.
+    """Trees equal in structure, dtypes and shapes, and in value to `factor` roundings of the
+    coarsest dtype among them.
 
     64 is for sums of up to 360 products of order 1 in float32, in an order of their own.
     """

@@ -1,7 +1,8 @@
 """Kernels that XLA cannot look into, for tests of partitioning.
 
-A Pallas kernel in interpret mode is ordinary HLO, which XLA partitions by itself, so a test on it shows nothing.  Here x passes
-through a LAPACK custom call first (x = QR), which XLA can only run on one device, after gathering x.
+A Pallas kernel in interpret mode is ordinary HLO, which XLA partitions by itself, so a test on it
+shows nothing.  Here x passes through a LAPACK custom call first (x = QR), which XLA can only run on
+one device, after gathering x.
 """
 
 import functools

@@ -1,7 +1,10 @@
-"""Batch normalization in NumPy float64, two-pass and slow: what every test compares with. Knows nothing of jbn.
+"""Batch normalization in NumPy float64, two-pass and slow: what every test compares with. Knows
+nothing of jbn.
 
-`axis` is the tuple of feature axes (negative ones allowed); everything else is reduced.  A per-channel vector has the shape of
-the feature axes.  Activations go by the name they have in jax.nn.  weights broadcast to x; an element of weight zero that is
+`axis` is the tuple of feature axes (negative ones allowed); everything else is reduced.  A
+per-channel vector has the shape of
+the feature axes.  Activations go by the name they have in jax.nn.  weights broadcast to x; an
+element of weight zero that is
 not finite is not read: it is normalized as if it were the mean, and influences no gradient.
 """
 
@@ -61,19 +64,29 @@ def merge(a, b):
     count = a.count + b.count
     divisor = np.where(count > 0, count, 1)
     delta = b.mean - a.mean
-    return Moments(count, a.mean + delta * b.count / divisor, a.m2 + b.m2 + delta**2 * a.count * b.count / divisor)
+    return Moments(
+        count,
+        a.mean + delta * b.count / divisor,
+        a.m2 + b.m2 + delta**2 * a.count * b.count / divisor,
+    )
 
 
-def forward(x, scale=None, bias=None, *, axis=(-1,), eps=1e-5, weights=None, residual=None, activation=None):
+def forward(
+    x, scale=None, bias=None, *, axis=(-1,), eps=1e-5, weights=None, residual=None, activation=None
+):
     """(y, moments of the batch): y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)."""
     m = moments(x, axis, weights)
     z = _pre_activation(x, m.mean, variance(m), scale, bias, axis, eps, weights, residual)
     return activate(z, activation), m
 
 
-def normalize(x, mean, var, scale=None, bias=None, *, axis=(-1,), eps=1e-5, residual=None, activation=None):
+def normalize(
+    x, mean, var, scale=None, bias=None, *, axis=(-1,), eps=1e-5, residual=None, activation=None
+):
     """y by given statistics."""
-    return activate(_pre_activation(x, mean, var, scale, bias, axis, eps, None, residual), activation)
+    return activate(
+        _pre_activation(x, mean, var, scale, bias, axis, eps, None, residual), activation
+    )
 
 
 def backward(
@@ -95,25 +108,46 @@ def backward(
     A zero-weight element whose dz is not finite sends nothing back.
     """
     m = moments(x, axis, weights)
-    through = _backward_given(x, dy, m.mean, variance(m), scale, bias, axis, eps, weights, residual, activation)
-    dx = through.x + _moments_backward(x, m, axis, weights, through.mean + dmean, through.var + dvar)
+    through = _backward_given(
+        x, dy, m.mean, variance(m), scale, bias, axis, eps, weights, residual, activation
+    )
+    dx = through.x + _moments_backward(
+        x, m, axis, weights, through.mean + dmean, through.var + dvar
+    )
     return through._replace(x=dx, mean=None, var=None)
 
 
-def normalize_backward(x, dy, mean, var, scale=None, bias=None, *, axis=(-1,), eps=1e-5, residual=None, activation=None):
+def normalize_backward(
+    x, dy, mean, var, scale=None, bias=None, *, axis=(-1,), eps=1e-5, residual=None, activation=None
+):
     """Cotangents through `normalize`, those of mean and var among them."""
     return _backward_given(x, dy, mean, var, scale, bias, axis, eps, None, residual, activation)
 
 
-def groups_forward(x, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, **options):
+def groups_forward(
+    x, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, **options
+):
     """Virtual batches: `size` consecutive examples of axis 0 are normalized apart; (y, moments of the whole batch)."""
     parts = _groups(x, size, weights, residual)
-    y = [forward(x, scale, bias, axis=axis, weights=w, residual=r, **options)[0] for x, w, r in parts]
+    y = [
+        forward(x, scale, bias, axis=axis, weights=w, residual=r, **options)[0] for x, w, r in parts
+    ]
     return np.concatenate(y), moments(x, axis, weights)
 
 
 def groups_backward(
-    x, dy, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, dmean: Any = 0.0, dvar: Any = 0.0, **options
+    x,
+    dy,
+    size,
+    scale=None,
+    bias=None,
+    *,
+    axis=(-1,),
+    weights=None,
+    residual=None,
+    dmean: Any = 0.0,
+    dvar: Any = 0.0,
+    **options,
 ):
     """Cotangents through `groups_forward`; dmean and dvar are those of the whole batch's mean and biased variance."""
     dys = [dy for dy, _, _ in _groups(dy, size, None, None)]
@@ -122,7 +156,9 @@ def groups_backward(
         for dy, (x, w, r) in zip(dys, _groups(x, size, weights, residual), strict=True)
     ]
     m = moments(x, axis, weights)
-    dx = np.concatenate([part.x for part in parts]) + _moments_backward(x, m, axis, weights, dmean, dvar)
+    dx = np.concatenate([part.x for part in parts]) + _moments_backward(
+        x, m, axis, weights, dmean, dvar
+    )
     dresidual = np.concatenate([part.residual for part in parts])
     total = lambda name: np.sum([getattr(part, name) for part in parts], axis=0)
     return Gradients(dx, total("scale"), total("bias"), dresidual, total("eps"))
@@ -131,10 +167,13 @@ def groups_backward(
 def running(state, m, momentum=0.99, unbiased=False, skip_nonfinite=False):
     """The state after a batch: momentum weighs the OLD value, None averages over the batches seen.
 
-    A channel that counted nothing keeps its values; if none counted anything, the number of batches stays too.
+    A channel that counted nothing keeps its values; if none counted anything, the number of batches
+    stays too.
     """
     var = variance(m, unbiased)
-    if not np.any(m.count > 0) or (skip_nonfinite and not (np.isfinite(m.mean).all() and np.isfinite(var).all())):
+    if not np.any(m.count > 0) or (
+        skip_nonfinite and not (np.isfinite(m.mean).all() and np.isfinite(var).all())
+    ):
         return state
     keep = state.count / (state.count + 1) if momentum is None else momentum
     counted = m.count > 0
@@ -212,7 +251,9 @@ def _moments_backward(x, m, axis, weights, dmean, dvar):
     """What the batch's mean and biased variance send back to x."""
     ndim, axis = np.ndim(x), _ascending(axis, np.ndim(x))
     divisor = np.where(m.count > 0, m.count, 1)
-    dmean, dvar = (_wide(np.broadcast_to(ct, np.shape(m.mean)) / divisor, ndim, axis) for ct in (dmean, dvar))
+    dmean, dvar = (
+        _wide(np.broadcast_to(ct, np.shape(m.mean)) / divisor, ndim, axis) for ct in (dmean, dvar)
+    )
     return _weights(weights, x) * (dmean + 2 * dvar * _centered(x, m.mean, axis, weights))
 
 
@@ -234,7 +275,9 @@ def _groups(x, size, weights, residual):
 
 
 def _weights(weights, x):
-    return np.ones(np.shape(x)) if weights is None else np.broadcast_to(_float64(weights), np.shape(x))
+    return (
+        np.ones(np.shape(x)) if weights is None else np.broadcast_to(_float64(weights), np.shape(x))
+    )
 
 
 def _float64(array):

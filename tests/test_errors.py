@@ -27,31 +27,82 @@ def train_layer(params=PARAMS, state=STATE):
     return jbn.batch_norm_train(X, params, state)
 
 
-# (name, call, error, what the message must contain: the offending value, and the expected one where there is one)
+# (name, call, error, what the message must contain: the offending value, and the expected one where
+# there is one)
 TABLE = [
     ("integer x", lambda: train_x(jnp.ones((6, 4), jnp.int32)), TypeError, ["int32", "float"]),
     ("bool x", lambda: train_x(jnp.ones((6, 4), bool)), TypeError, ["bool", "float"]),
-    ("complex x", lambda: train_x(jnp.ones((6, 4), jnp.complex64)), TypeError, ["complex64", "Flax"]),
+    (
+        "complex x",
+        lambda: train_x(jnp.ones((6, 4), jnp.complex64)),
+        TypeError,
+        ["complex64", "Flax"],
+    ),
     ("x of lists", lambda: train_x([[1.0, 2.0]]), TypeError, ["list", "[[1.0, 2.0]]"]),
-    ("integer x in eval", lambda: jbn.batch_norm_eval(jnp.ones((6, 4), jnp.int8), PARAMS, STATE), TypeError, ["int8"]),
-    ("integer x in moments", lambda: jbn.moments(jnp.ones((6, 4), jnp.int16)), TypeError, ["int16"]),
+    (
+        "integer x in eval",
+        lambda: jbn.batch_norm_eval(jnp.ones((6, 4), jnp.int8), PARAMS, STATE),
+        TypeError,
+        ["int8"],
+    ),
+    (
+        "integer x in moments",
+        lambda: jbn.moments(jnp.ones((6, 4), jnp.int16)),
+        TypeError,
+        ["int16"],
+    ),
     ("empty batch", lambda: train_x(jnp.ones((0, 4))), ValueError, ["(0, 4)"]),
     ("empty inner axis", lambda: train_x(jnp.ones((2, 0, 4))), ValueError, ["(2, 0, 4)"]),
     ("empty moments", lambda: jbn.moments(jnp.ones((0, 4))), ValueError, ["(0, 4)"]),
-    ("one value per channel", lambda: train_x(jnp.ones((1, 4))), ValueError, ["(1, 4)", "batch_norm_eval"]),
+    (
+        "one value per channel",
+        lambda: train_x(jnp.ones((1, 4))),
+        ValueError,
+        ["(1, 4)", "batch_norm_eval"],
+    ),
     ("one value, several axes", lambda: train_x(jnp.ones((1, 1, 4))), ValueError, ["(1, 1, 4)"]),
     ("one value per virtual batch", lambda: train(virtual_batch_size=1), ValueError, ["(6, 4)"]),
     ("rank 1 in train", lambda: train_x(jnp.ones(4)), ValueError, ["(4,)", "axis_name"]),
     ("rank 0", lambda: train_x(jnp.float32(3)), ValueError, ["axis -1", "rank 0"]),
-    ("scale of another size", lambda: train_layer(PARAMS._replace(scale=jnp.ones(5))), ValueError, ["scale", "(5,)", "(4,)"]),
-    ("bias of another rank", lambda: train_layer(PARAMS._replace(bias=jnp.ones((4, 1)))), ValueError, ["bias", "(4, 1)"]),
-    ("mean of another size", lambda: train_layer(state=STATE._replace(mean=jnp.ones(3))), ValueError, ["mean", "(3,)", "(4,)"]),
-    ("var of another size", lambda: train_layer(state=STATE._replace(var=jnp.ones(()))), ValueError, ["var", "()", "(4,)"]),
-    ("integer mean", lambda: train_layer(state=STATE._replace(mean=jnp.ones(4, int))), TypeError, ["mean", "int32"]),
+    (
+        "scale of another size",
+        lambda: train_layer(PARAMS._replace(scale=jnp.ones(5))),
+        ValueError,
+        ["scale", "(5,)", "(4,)"],
+    ),
+    (
+        "bias of another rank",
+        lambda: train_layer(PARAMS._replace(bias=jnp.ones((4, 1)))),
+        ValueError,
+        ["bias", "(4, 1)"],
+    ),
+    (
+        "mean of another size",
+        lambda: train_layer(state=STATE._replace(mean=jnp.ones(3))),
+        ValueError,
+        ["mean", "(3,)", "(4,)"],
+    ),
+    (
+        "var of another size",
+        lambda: train_layer(state=STATE._replace(var=jnp.ones(()))),
+        ValueError,
+        ["var", "()", "(4,)"],
+    ),
+    (
+        "integer mean",
+        lambda: train_layer(state=STATE._replace(mean=jnp.ones(4, int))),
+        TypeError,
+        ["mean", "int32"],
+    ),
     ("layer of another axis", lambda: train(axis=0), ValueError, ["(4,)", "(6,)"]),
     ("params a tuple", lambda: train_layer(tuple(PARAMS)), TypeError, ["tuple", "jbn.init"]),
     ("params a dict", lambda: train_layer({"scale": 1}), TypeError, ["dict", "{'scale': 1}"]),
-    ("params and state swapped", lambda: train_layer(STATE, PARAMS), TypeError, ["State", "Params"]),
+    (
+        "params and state swapped",
+        lambda: train_layer(STATE, PARAMS),
+        TypeError,
+        ["State", "Params"],
+    ),
     ("state missing", lambda: train_layer(state=None), TypeError, ["None", "State"]),
     ("axis too large", lambda: train(axis=2), ValueError, ["axis 2", "rank 2"]),
     ("axis too small", lambda: train(axis=-3), ValueError, ["axis -3", "-2 <= axis < 2"]),
@@ -64,18 +115,53 @@ TABLE = [
     ("momentum nan", lambda: train(momentum=float("nan")), ValueError, ["nan"]),
     ("momentum an array above 1", lambda: train(momentum=jnp.float32(1.5)), ValueError, ["1.5"]),
     ("momentum a word", lambda: train(momentum="fast"), TypeError, ["fast"]),
-    ("momentum in update_state", lambda: jbn.update_state(STATE, MOMENTS, momentum=2), ValueError, ["2"]),
+    (
+        "momentum in update_state",
+        lambda: jbn.update_state(STATE, MOMENTS, momentum=2),
+        ValueError,
+        ["2"],
+    ),
     ("eps zero", lambda: train(eps=0), ValueError, ["eps is 0"]),
     ("eps negative", lambda: train(eps=-1e-3), ValueError, ["-0.001"]),
     ("eps nan in eval", lambda: evaluate(eps=float("nan")), ValueError, ["nan"]),
     ("eps None", lambda: train(eps=None), TypeError, ["None"]),
-    ("weights of another batch", lambda: train(weights=jnp.ones((5, 1))), ValueError, ["(5, 1)", "(6, 4)"]),
-    ("weights per example, rank 1", lambda: train(weights=jnp.ones(6)), ValueError, ["(6,)", "(6, 4)"]),
-    ("weights of higher rank", lambda: train(weights=jnp.ones((1, 6, 4))), ValueError, ["(1, 6, 4)"]),
-    ("integer weights", lambda: train(weights=jnp.ones((6, 1), jnp.int32)), TypeError, ["int32", "bool"]),
+    (
+        "weights of another batch",
+        lambda: train(weights=jnp.ones((5, 1))),
+        ValueError,
+        ["(5, 1)", "(6, 4)"],
+    ),
+    (
+        "weights per example, rank 1",
+        lambda: train(weights=jnp.ones(6)),
+        ValueError,
+        ["(6,)", "(6, 4)"],
+    ),
+    (
+        "weights of higher rank",
+        lambda: train(weights=jnp.ones((1, 6, 4))),
+        ValueError,
+        ["(1, 6, 4)"],
+    ),
+    (
+        "integer weights",
+        lambda: train(weights=jnp.ones((6, 1), jnp.int32)),
+        TypeError,
+        ["int32", "bool"],
+    ),
     ("weights a list", lambda: train(weights=[1.0, 0.5]), TypeError, ["list", "[1.0, 0.5]"]),
-    ("weights in moments", lambda: jbn.moments(X, weights=jnp.ones((2, 4))), ValueError, ["(2, 4)"]),
-    ("residual of another shape", lambda: train(residual=jnp.ones((6, 1))), ValueError, ["(6, 1)", "(6, 4)"]),
+    (
+        "weights in moments",
+        lambda: jbn.moments(X, weights=jnp.ones((2, 4))),
+        ValueError,
+        ["(2, 4)"],
+    ),
+    (
+        "residual of another shape",
+        lambda: train(residual=jnp.ones((6, 1))),
+        ValueError,
+        ["(6, 1)", "(6, 4)"],
+    ),
     ("residual broadcast", lambda: evaluate(residual=jnp.ones(4)), ValueError, ["(4,)", "(6, 4)"]),
     ("integer residual", lambda: train(residual=jnp.ones((6, 4), jnp.uint8)), TypeError, ["uint8"]),
     ("virtual batch not dividing", lambda: train(virtual_batch_size=4), ValueError, ["4", "6"]),
@@ -88,14 +174,39 @@ TABLE = [
         ValueError,
         ["2", "(0,)"],
     ),
-    ("unknown implementation", lambda: train(implementation="cudnn"), ValueError, ["cudnn", "triton"]),
-    ("implementation in eval", lambda: evaluate(implementation="XLA"), ValueError, ["'XLA'", "'xla'"]),
+    (
+        "unknown implementation",
+        lambda: train(implementation="cudnn"),
+        ValueError,
+        ["cudnn", "triton"],
+    ),
+    (
+        "implementation in eval",
+        lambda: evaluate(implementation="XLA"),
+        ValueError,
+        ["'XLA'", "'xla'"],
+    ),
     ("activation by name", lambda: train(activation="relu"), TypeError, ["'relu'", "jax.nn.relu"]),
     ("activation a number", lambda: evaluate(activation=2), TypeError, ["2"]),
-    ("axis_name not bound", lambda: train(axis_name="devices"), ValueError, ["devices", "shard_map"]),
+    (
+        "axis_name not bound",
+        lambda: train(axis_name="devices"),
+        ValueError,
+        ["devices", "shard_map"],
+    ),
     ("axis_name not bound, one of two", lambda: train(axis_name=("a", "b")), ValueError, ["'a'"]),
-    ("axis_name in psum_moments", lambda: jbn.psum_moments(MOMENTS, "devices"), ValueError, ["devices"]),
-    ("groups without axis_name", lambda: train(axis_index_groups=[[0, 1]]), ValueError, ["[[0, 1]]"]),
+    (
+        "axis_name in psum_moments",
+        lambda: jbn.psum_moments(MOMENTS, "devices"),
+        ValueError,
+        ["devices"],
+    ),
+    (
+        "groups without axis_name",
+        lambda: train(axis_index_groups=[[0, 1]]),
+        ValueError,
+        ["[[0, 1]]"],
+    ),
     ("integer dtype", lambda: train(dtype=jnp.int32), TypeError, ["int32"]),
     ("integer dtype in eval", lambda: evaluate(dtype=bool), TypeError, ["bool"]),
     ("features zero", lambda: jbn.init(0), ValueError, ["0"]),
@@ -105,23 +216,50 @@ TABLE = [
     ("param_dtype an integer", lambda: jbn.init(4, param_dtype=jnp.int32), TypeError, ["int32"]),
     ("merging a tuple", lambda: jbn.merge_moments(MOMENTS, (1, 2, 3)), TypeError, ["(1, 2, 3)"]),
     ("merging a state", lambda: jbn.merge_moments(STATE, MOMENTS), TypeError, ["State"]),
-    ("merging other features", lambda: jbn.merge_moments(MOMENTS, jbn.moments(X.T)), ValueError, ["(4,)", "(6,)"]),
+    (
+        "merging other features",
+        lambda: jbn.merge_moments(MOMENTS, jbn.moments(X.T)),
+        ValueError,
+        ["(4,)", "(6,)"],
+    ),
     ("updating by a tuple", lambda: jbn.update_state(STATE, (1, 2, 3)), TypeError, ["(1, 2, 3)"]),
-    ("updating moments", lambda: jbn.update_state(MOMENTS, MOMENTS), TypeError, ["Moments", "State"]),
-    ("updating other features", lambda: jbn.update_state(STATE, jbn.moments(X.T)), ValueError, ["(4,)", "(6,)"]),
+    (
+        "updating moments",
+        lambda: jbn.update_state(MOMENTS, MOMENTS),
+        TypeError,
+        ["Moments", "State"],
+    ),
+    (
+        "updating other features",
+        lambda: jbn.update_state(STATE, jbn.moments(X.T)),
+        ValueError,
+        ["(4,)", "(6,)"],
+    ),
     ("psum of an array", lambda: jbn.psum_moments(X, "devices"), TypeError, ["Moments"]),
-    ("normalize by a list", lambda: jbn.normalize(X, [0.0], jnp.ones(4), PARAMS), TypeError, ["mean", "[0.0]"]),
+    (
+        "normalize by a list",
+        lambda: jbn.normalize(X, [0.0], jnp.ones(4), PARAMS),
+        TypeError,
+        ["mean", "[0.0]"],
+    ),
     (
         "normalize by an integer var",
         lambda: jbn.normalize(X, jnp.ones(4), jnp.ones(4, int), PARAMS),
         TypeError,
         ["var", "int32"],
     ),
-    ("normalize by a wide mean", lambda: jbn.normalize(X, jnp.ones(7), jnp.ones(4), PARAMS), ValueError, ["mean", "(7,)"]),
+    (
+        "normalize by a wide mean",
+        lambda: jbn.normalize(X, jnp.ones(7), jnp.ones(4), PARAMS),
+        ValueError,
+        ["mean", "(7,)"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "contains"), [pytest.param(*line[1:], id=line[0]) for line in TABLE])
+@pytest.mark.parametrize(
+    ("call", "error", "contains"), [pytest.param(*line[1:], id=line[0]) for line in TABLE]
+)
 def test_error(call, error, contains):
     before = jax.tree.map(np.array, (X, PARAMS, STATE, MOMENTS))
     with pytest.raises(error) as raised:
@@ -155,15 +293,27 @@ ALLOWED = [
     ("one value and weights", lambda: train_x(X[:1], weights=jnp.ones((1, 1)))[0], PARAMS.bias),
     ("one value in eval", lambda: jbn.batch_norm_eval(X[:1], PARAMS, STATE, eps=3.0), X[:1] / 2),
     ("rank 1 in eval", lambda: jbn.batch_norm_eval(X[0], PARAMS, STATE, eps=3.0), X[0] / 2),
-    ("one value and axis_name", lambda: jax.vmap(lambda x: train_x(x, axis_name="i")[0], axis_name="i")(X)[:, None], None),
-    ("rank 1 and axis_name", lambda: jax.vmap(lambda x: train_x(x, axis_name="i")[0], axis_name="i")(X), None),
+    (
+        "one value and axis_name",
+        lambda: jax.vmap(lambda x: train_x(x, axis_name="i")[0], axis_name="i")(X)[:, None],
+        None,
+    ),
+    (
+        "rank 1 and axis_name",
+        lambda: jax.vmap(lambda x: train_x(x, axis_name="i")[0], axis_name="i")(X),
+        None,
+    ),
     ("momentum 0", lambda: train(momentum=0)[1].mean, MOMENTS.mean),
     ("momentum 1", lambda: train(momentum=1)[1].mean, STATE.mean),
 ]
 
 
-@pytest.mark.parametrize(("call", "expected"), [pytest.param(*line[1:], id=line[0]) for line in ALLOWED])
+@pytest.mark.parametrize(
+    ("call", "expected"), [pytest.param(*line[1:], id=line[0]) for line in ALLOWED]
+)
 def test_the_edge_of_an_error_is_allowed(call, expected):
     if expected is None:
         expected = train()[0].reshape(call().shape)
-    np.testing.assert_allclose(call(), np.broadcast_to(expected, call().shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        call(), np.broadcast_to(expected, call().shape), rtol=1e-5, atol=1e-6
+    )

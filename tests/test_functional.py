@@ -1,6 +1,7 @@
 """init, batch_norm_train, batch_norm_eval and normalize against the float64 oracle."""
 # Options travel in dicts of mixed values.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
+# reportOptionalMemberAccess=false
 
 import functools
 
@@ -23,7 +24,9 @@ def draw(shape, dtype="float32", *, seed=0, mean=0.0, std=1.0):
 
 def layer(features, dtype="float32", seed=1):
     """Params and a state none of whose values is 0 or 1."""
-    scale, bias, mean, var = np.random.default_rng(seed).uniform(0.5, 2, (4, *np.atleast_1d(features)))
+    scale, bias, mean, var = np.random.default_rng(seed).uniform(
+        0.5, 2, (4, *np.atleast_1d(features))
+    )
     arrays = [jnp.asarray(a, dtype) for a in (scale, bias, mean, var)]
     return jbn.Params(*arrays[:2]), jbn.State(*arrays[2:], count=jnp.int32(0))
 
@@ -48,7 +51,8 @@ def wide(array):
 
 
 def assert_close(actual, expected, *, terms=1):
-    """Within the random walk of `terms` roundings of the accumulator, 8 times over, and one of the dtype itself.
+    """Within the random walk of `terms` roundings of the accumulator, 8 times over, and one of the
+    dtype itself.
 
     Relative to the largest value, because a sum that cancels keeps the error of its terms.
     """
@@ -56,7 +60,9 @@ def assert_close(actual, expected, *, terms=1):
     rtol = 8 * float(jnp.finfo(accumulator).eps) * terms**0.5 + float(jnp.finfo(actual.dtype).eps)
     actual, expected = wide(actual), wide(expected)
     assert np.isfinite(actual).all()
-    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * max(1.0, np.abs(expected).max()))
+    np.testing.assert_allclose(
+        actual, expected, rtol=rtol, atol=rtol * max(1.0, np.abs(expected).max())
+    )
 
 
 # (shape, axis, dtype, weights, residual, activation): pairwise, odd channel counts, M = 2 and more.
@@ -88,7 +94,14 @@ def test_train_equals_the_oracle(shape, axis, dtype, weights, residual, activati
         "residual": draw(shape, dtype, seed=3) if residual else None,
     }
     y, new = jbn.batch_norm_train(
-        x, params, state, axis=axis, momentum=0.9, eps=1e-3, activation=function(activation), **options
+        x,
+        params,
+        state,
+        axis=axis,
+        momentum=0.9,
+        eps=1e-3,
+        activation=function(activation),
+        **options,
     )
     expected, m = oracle.forward(x, *params, axis=axes, eps=1e-3, activation=activation, **options)
     rows = x.size // np.prod(features)
@@ -105,7 +118,11 @@ def test_train_equals_the_oracle(shape, axis, dtype, weights, residual, activati
 def test_train_in_float64(weights):
     x, residual = draw((6, 3, 5), "float64", mean=3), draw((6, 3, 5), "float64", seed=3)
     params, state = layer(3, "float64")
-    options = {"axis": (1,), "weights": weights and draw_weights(weights, x.shape), "residual": residual}
+    options = {
+        "axis": (1,),
+        "weights": weights and draw_weights(weights, x.shape),
+        "residual": residual,
+    }
     y, new = jbn.batch_norm_train(x, params, state, activation=jax.nn.gelu, momentum=0.5, **options)
     expected, m = oracle.forward(x, *params, activation="gelu", **options)
     assert {a.dtype for a in (y, new.mean, new.var)} == {jnp.dtype("float64")}
@@ -145,7 +162,8 @@ def test_few_rows(rows, channels):
     params, state = layer(channels)
     y, new = jbn.batch_norm_train(x, params, state, momentum=0.0)
     expected, m = oracle.forward(x, *params)
-    # eps is small beside var, so an error of var is one of y: cancellation in (x - mean) costs mean / std more.
+    # eps is small beside var, so an error of var is one of y: cancellation in (x - mean) costs mean
+    # / std more.
     assert_close(y, expected, terms=16)
     assert_close(new.var, oracle.variance(m), terms=16)
 
@@ -174,10 +192,13 @@ def test_eval_after_1_2_and_10_steps():
         _, state = jbn.batch_norm_train(x, params, state, momentum=0.7)
         if step in (1, 2, 10):
             mean, var = (
-                0.7**step * np.asarray(first) + sum(0.3 * 0.7 ** (step - 1 - i) * batch[which] for i, batch in enumerate(seen))
+                0.7**step * np.asarray(first)
+                + sum(0.3 * 0.7 ** (step - 1 - i) * batch[which] for i, batch in enumerate(seen))
                 for which, first in enumerate((start.mean, start.var))
             )
-            expected = (np.asarray(probe) - mean) / np.sqrt(var + 1e-5) * np.asarray(params.scale) + np.asarray(params.bias)
+            expected = (np.asarray(probe) - mean) / np.sqrt(var + 1e-5) * np.asarray(
+                params.scale
+            ) + np.asarray(params.bias)
             assert_close(jbn.batch_norm_eval(probe, params, state), expected, terms=step * 8)
             assert state.count == step
 
@@ -212,7 +233,11 @@ def ways_to_call(way, x, train):
     if way == "vmap":
         return jax.vmap(lambda x: train(x, axis_name="i"), axis_name="i")(x)
     mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
-    return jax.jit(jax.shard_map(lambda x: train(x, axis_name="i"), mesh=mesh, in_specs=P("i"), out_specs=P("i")))(x)
+    return jax.jit(
+        jax.shard_map(
+            lambda x: train(x, axis_name="i"), mesh=mesh, in_specs=P("i"), out_specs=P("i")
+        )
+    )(x)
 
 
 @pytest.mark.parametrize("way", ["plain", "weights", "vmap", "shard_map"])
@@ -228,14 +253,26 @@ def unlike_the_guess(kind):
     rng = np.random.default_rng(0)
     _, state = jbn.init(2)
     if kind == "stale running mean":
-        return jnp.asarray(rng.normal(size=(4096, 2)), jnp.float32), state._replace(mean=jnp.full(2, 1e4)), None
+        return (
+            jnp.asarray(rng.normal(size=(4096, 2)), jnp.float32),
+            state._replace(mean=jnp.full(2, 1e4)),
+            None,
+        )
     x = rng.normal(1e4, 1, size=(2**20 if kind == "zero first row" else 4096, 2))
-    x[0] = {"zero first row": 0, "masked first row": 0, "NaN first row": np.nan, "inf first row": np.inf}[kind]
+    x[0] = {
+        "zero first row": 0,
+        "masked first row": 0,
+        "NaN first row": np.nan,
+        "inf first row": np.inf,
+    }[kind]
     weights = None if kind == "zero first row" else jnp.arange(len(x))[:, None] > 0
     return jnp.asarray(x, jnp.float32), state, weights
 
 
-@pytest.mark.parametrize("kind", ["stale running mean", "zero first row", "masked first row", "NaN first row", "inf first row"])
+@pytest.mark.parametrize(
+    "kind",
+    ["stale running mean", "zero first row", "masked first row", "NaN first row", "inf first row"],
+)
 def test_a_guess_far_off(kind):
     x, state, weights = unlike_the_guess(kind)
     params, _ = jbn.init(2)
@@ -323,7 +360,9 @@ def test_unbiased_is_pytorchs_variance():
     _, new = jbn.batch_norm_train(x, *layer(3), momentum=0.0, unbiased=True)
     assert_close(new.var, np.var(wide(x), 0, ddof=1), terms=6)
     # count <= 1: the biased one
-    _, new = jbn.batch_norm_train(x, *layer(3), momentum=0.0, unbiased=True, weights=jnp.arange(6)[:, None] < 1)
+    _, new = jbn.batch_norm_train(
+        x, *layer(3), momentum=0.0, unbiased=True, weights=jnp.arange(6)[:, None] < 1
+    )
     np.testing.assert_allclose(new.var, 0, atol=1e-7)
 
 
@@ -332,7 +371,11 @@ def test_feature_axes_are_taken_in_ascending_order():
     params, state = layer((3, 5))
     expected = jbn.batch_norm_train(x, params, state, axis=(1, 3))
     for axis in ((3, 1), (-1, 1), [1, -1]):
-        jax.tree.map(np.testing.assert_array_equal, jbn.batch_norm_train(x, params, state, axis=axis), expected)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jbn.batch_norm_train(x, params, state, axis=axis),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -369,7 +412,10 @@ def test_init():
     params, state = jbn.init(3, param_dtype=jnp.bfloat16)
     assert (params.scale.dtype, state.mean.dtype) == (jnp.bfloat16, jnp.float32)
     drawn, _ = jbn.init(
-        3, scale_init=jax.nn.initializers.normal(), bias_init=jax.nn.initializers.normal(), key=jax.random.key(0)
+        3,
+        scale_init=jax.nn.initializers.normal(),
+        bias_init=jax.nn.initializers.normal(),
+        key=jax.random.key(0),
     )
     assert not np.allclose(drawn.scale, drawn.bias)
 
@@ -383,12 +429,18 @@ def test_init_float64():
 
 @pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)])
 def test_without_scale_or_bias(present):
-    params, state = jbn.init(3, use_scale=present[0], use_bias=present[1], bias_init=jax.nn.initializers.ones)
+    params, state = jbn.init(
+        3, use_scale=present[0], use_bias=present[1], bias_init=jax.nn.initializers.ones
+    )
     assert (params.scale is not None, params.bias is not None) == present
     x = draw((6, 3))
     y, new = jbn.batch_norm_train(x, params, state)
     assert_close(y, oracle.forward(x, *params)[0], terms=6)
-    assert_close(jbn.batch_norm_eval(x, params, new), oracle.normalize(x, new.mean, new.var, *params), terms=6)
+    assert_close(
+        jbn.batch_norm_eval(x, params, new),
+        oracle.normalize(x, new.mean, new.var, *params),
+        terms=6,
+    )
 
 
 @pytest.mark.parametrize("where", ["train", "eval"])
@@ -452,9 +504,17 @@ def exported():
     """The eval function for three platforms, and its arguments."""
     x = draw((6, 5, 3))
     params, state = layer(3)
-    evaluate = jax.jit(lambda x, p, s: jbn.batch_norm_eval(x, jbn.Params(*p), jbn.State(*s), activation=jax.nn.relu))
+    evaluate = jax.jit(
+        lambda x, p, s: jbn.batch_norm_eval(
+            x, jbn.Params(*p), jbn.State(*s), activation=jax.nn.relu
+        )
+    )
     arguments = (x, tuple(params), tuple(state))
-    return export.export(evaluate, platforms=("cpu", "cuda", "tpu"))(*arguments), arguments, evaluate(*arguments)
+    return (
+        export.export(evaluate, platforms=("cpu", "cuda", "tpu"))(*arguments),
+        arguments,
+        evaluate(*arguments),
+    )
 
 
 def test_export_for_three_platforms_in_one_artifact(exported):
@@ -464,7 +524,10 @@ def test_export_for_three_platforms_in_one_artifact(exported):
 
 
 def test_an_exported_artifact_is_loaded_again(exported):
-    pytest.importorskip("flatbuffers", reason="needs flatbuffers, by which jax.export serializes: pip install flatbuffers")
+    pytest.importorskip(
+        "flatbuffers",
+        reason="needs flatbuffers, by which jax.export serializes: pip install flatbuffers",
+    )
     artifact, arguments, expected = exported
     loaded = export.deserialize(artifact.serialize())
     assert loaded.platforms == ("cpu", "cuda", "tpu")

@@ -17,7 +17,8 @@ ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nn
 # Each of these stands on the modules above. Another tool may use one only where ALLOWED says so.
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
 ALLOWED = {("health", "plot")}  # python -m jbn.health --plot
-# Whoever may import jbn.kernels: dispatch runs them; seam alone, which holds the shared formulas, is open to all.
+# Whoever may import jbn.kernels: dispatch runs them; seam alone, which holds the shared formulas,
+# is open to all.
 SEAM = "jbn.kernels.seam"
 
 
@@ -28,7 +29,9 @@ def imported(path, package):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            parents = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             module = ".".join([*parents, node.module] if node.module else parents)
             names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
@@ -47,9 +50,15 @@ def forbidden(name, path, *, is_package=False):
     names = imported(path, package)
     if name.startswith("jbn.kernels"):
         allowed = {"jax", "numpy", *sys.stdlib_module_names}
-        return {n for n in names if n.split(".")[0] not in allowed and not n.startswith("jbn.kernels")}
+        return {
+            n for n in names if n.split(".")[0] not in allowed and not n.startswith("jbn.kernels")
+        }
     own = name.removeprefix("jbn.")
-    return {n for n in names if n.split(".")[0] == "jbn" and not _may_import(own, n.removeprefix("jbn."))}
+    return {
+        n
+        for n in names
+        if n.split(".")[0] == "jbn" and not _may_import(own, n.removeprefix("jbn."))
+    }
 
 
 def _may_import(own, other):
@@ -57,13 +66,19 @@ def _may_import(own, other):
     if other == "kernels" or other.startswith("kernels."):
         return f"jbn.{other}".startswith(SEAM) or own == "core.dispatch" or own.startswith("bench")
     if own in ORDER:
-        return any(other == module or other.startswith(f"{module}.") for module in ORDER[: ORDER.index(own)])
+        return any(
+            other == module or other.startswith(f"{module}.")
+            for module in ORDER[: ORDER.index(own)]
+        )
     tool, target = own.split(".")[0], other.split(".")[0]
     return target not in TOOLS or target == tool or tool == "bench" or (tool, target) in ALLOWED
 
 
 FILES = sorted(
-    path for folder in ("jbn", "kernels") for path in (ROOT / folder).rglob("*.py") if "jbn/kernels" not in str(path)
+    path
+    for folder in ("jbn", "kernels")
+    for path in (ROOT / folder).rglob("*.py")
+    if "jbn/kernels" not in str(path)
 )
 
 
@@ -102,10 +117,16 @@ def test_a_wrong_arrow_is_found(tmp_path, name, source):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("core.autodiff", "from jbn.core import partition, stats\nfrom jbn.kernels.seam import Affine"),
+        (
+            "core.autodiff",
+            "from jbn.core import partition, stats\nfrom jbn.kernels.seam import Affine",
+        ),
         ("core.dispatch", "from jbn.kernels import xla"),
         ("health.reports", "from jbn.health.findings import Finding\nfrom jbn import functional"),
-        ("kernels.xla", "import math\nimport jax\nfrom jbn.kernels.seam import read\nfrom .seam import wide"),
+        (
+            "kernels.xla",
+            "import math\nimport jax\nfrom jbn.kernels.seam import read\nfrom .seam import wide",
+        ),
     ],
 )
 def test_a_right_arrow_passes(tmp_path, name, source):
@@ -117,7 +138,13 @@ def test_a_right_arrow_passes(tmp_path, name, source):
 def test_only_dispatch_asks_for_devices():
     asking = ("devices", "local_devices", "default_backend", "device_count")
     for path in FILES:
-        if module_name(path) == "jbn.core.dispatch" or module_name(path).startswith(("jbn.bench", "jbn.kernels")):
+        if module_name(path) == "jbn.core.dispatch" or module_name(path).startswith(
+            ("jbn.bench", "jbn.kernels")
+        ):
             continue
-        calls = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        calls = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+        }
         assert not calls & set(asking), f"{path.name} asks for {calls & set(asking)}"

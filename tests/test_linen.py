@@ -14,7 +14,18 @@ import oracle
 import pytest
 from flax import linen as nn
 from flax import serialization
-from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, options_id, same, strict
+from flax_cases import (
+    BAD_OPTIONS,
+    DTYPES,
+    MASKS,
+    OPTIONS,
+    SHAPE,
+    close,
+    data,
+    options_id,
+    same,
+    strict,
+)
 from jax.sharding import PartitionSpec as P
 
 import jbn
@@ -28,7 +39,9 @@ def train(layer, variables, x, **call):
 
     def loss(x, params, batch_stats):
         variables = {"params": params, "batch_stats": batch_stats}
-        y, new = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"], **call)
+        y, new = layer.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"], **call
+        )
         ramp = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
         total = jnp.sum(ramp * y.astype(jnp.float32))
         for leaf in jax.tree.leaves(new):
@@ -36,7 +49,9 @@ def train(layer, variables, x, **call):
         return total, (y, new)
 
     differentiate = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    (_, aux), gradients = differentiate(jnp.asarray(x), variables.get("params", {}), variables["batch_stats"])
+    (_, aux), gradients = differentiate(
+        jnp.asarray(x), variables.get("params", {}), variables["batch_stats"]
+    )
     return *aux, gradients
 
 
@@ -54,7 +69,9 @@ def compare(x, options, factor=64, **call):
         got = train(ours, variables, x, **call)
     expected = train(theirs, variables, x, **call)
     close(got, expected, factor)
-    infer = lambda layer: jax.jit(lambda: layer.apply({**variables, **expected[1]}, x, use_running_average=True, **call))()
+    infer = lambda layer: jax.jit(
+        lambda: layer.apply({**variables, **expected[1]}, x, use_running_average=True, **call)
+    )()
     with strict():
         y = infer(ours)
     close(y, infer(theirs))
@@ -62,7 +79,9 @@ def compare(x, options, factor=64, **call):
 
 @pytest.mark.third_party
 @pytest.mark.parametrize(
-    "options", [*OPTIONS, {"axis": (1, -1)}, {"axis": (-1, 1)}, {"axis": (0, 2)}, {"axis": [3, 3]}], ids=options_id
+    "options",
+    [*OPTIONS, {"axis": (1, -1)}, {"axis": (-1, 1)}, {"axis": (0, 2)}, {"axis": [3, 3]}],
+    ids=options_id,
 )
 def test_options_mean_what_they_mean_in_flax(options):
     compare(data(), options)
@@ -71,7 +90,10 @@ def test_options_mean_what_they_mean_in_flax(options):
 @pytest.mark.third_party
 @pytest.mark.parametrize(("x_dtype", "dtype", "param_dtype", "use_scale"), DTYPES)
 def test_dtypes_are_flax_s(x_dtype, dtype, param_dtype, use_scale):
-    compare(data(dtype=x_dtype), {"dtype": dtype, "param_dtype": param_dtype, "use_scale": use_scale, "use_bias": use_scale})
+    compare(
+        data(dtype=x_dtype),
+        {"dtype": dtype, "param_dtype": param_dtype, "use_scale": use_scale, "use_bias": use_scale},
+    )
 
 
 @pytest.mark.third_party
@@ -108,15 +130,22 @@ def test_masks_are_flax_s(mask, mask_dtype):
     ids=lambda value: str(getattr(value, "shape", value)),
 )
 def test_inputs_flax_accepts(x, axis):
-    # The variance of a single value is 0: dx is a difference of numbers of order 1 / sqrt(epsilon) = 316.
+    # The variance of a single value is 0: dx is a difference of numbers of order 1 / sqrt(epsilon)
+    # = 316.
     compare(x, {"axis": axis}, factor=64 * 316 if x.size == 5 else 64)
 
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
-@pytest.mark.parametrize("options", [{}, {"use_scale": False, "use_bias": False}, {"dtype": jnp.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_scale": False, "use_bias": False}, {"dtype": jnp.bfloat16}], ids=str
+)
 def test_integers_are_read_as_float32(dtype, options):
-    x = (np.arange(24).reshape(6, 4) % 5 > 1) if dtype is bool else np.arange(24).reshape(6, 4).astype(dtype)
+    x = (
+        (np.arange(24).reshape(6, 4) % 5 > 1)
+        if dtype is bool
+        else np.arange(24).reshape(6, 4).astype(dtype)
+    )
     theirs, ours = (cls(use_running_average=False, **options) for cls in (nn.BatchNorm, BatchNorm))
     variables = theirs.init(KEY, x)
     with strict():
@@ -125,12 +154,16 @@ def test_integers_are_read_as_float32(dtype, options):
 
 
 def complex_data(mean=0.0):
-    return jnp.asarray(np.asarray(data(seed=1)) + mean + 1j * np.asarray(data(seed=2)), jnp.complex64)
+    return jnp.asarray(
+        np.asarray(data(seed=1)) + mean + 1j * np.asarray(data(seed=2)), jnp.complex64
+    )
 
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("mask", [None, MASKS[0]], ids=["", "mask"])
-@pytest.mark.parametrize("options", [{}, {"axis": 1, "use_scale": False}, {"param_dtype": jnp.complex64}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"axis": 1, "use_scale": False}, {"param_dtype": jnp.complex64}], ids=str
+)
 def test_complex_input(options, mask):
     theirs, ours = nn.BatchNorm(**options), BatchNorm(**options)
     x = complex_data()
@@ -139,11 +172,17 @@ def test_complex_input(options, mask):
         same(init(ours, x, use_running_average=False), variables)
 
     def loss(layer, x, params):
-        y, new = layer.apply({**variables, "params": params}, x, False, mask=mask, mutable=["batch_stats"])
+        y, new = layer.apply(
+            {**variables, "params": params}, x, False, mask=mask, mutable=["batch_stats"]
+        )
         return jnp.sum(jnp.abs(y - 1) ** 2), (y, new)
 
-    expected = jax.jit(jax.value_and_grad(functools.partial(loss, theirs), (0, 1), has_aux=True))(x, variables["params"])
-    got = jax.jit(jax.value_and_grad(functools.partial(loss, ours), (0, 1), has_aux=True))(x, variables["params"])
+    expected = jax.jit(jax.value_and_grad(functools.partial(loss, theirs), (0, 1), has_aux=True))(
+        x, variables["params"]
+    )
+    got = jax.jit(jax.value_and_grad(functools.partial(loss, ours), (0, 1), has_aux=True))(
+        x, variables["params"]
+    )
     # The loss is a sum of 360 terms of order 1: its own rounding.
     np.testing.assert_allclose(got[0][0], expected[0][0], rtol=1e-5)
     close(got[0][1:] + got[1:], expected[0][1:] + expected[1:])
@@ -181,11 +220,20 @@ def test_complex_takes_no_kernels_nor_virtual_batches():
 
 def test_attributes_of_flax_come_first_and_have_its_defaults():
     described = lambda cls: [
-        (f.name, f.default, f.kw_only) for f in dataclasses.fields(cls) if f.name not in ("parent", "name")
+        (f.name, f.default, f.kw_only)
+        for f in dataclasses.fields(cls)
+        if f.name not in ("parent", "name")
     ]
     theirs, ours = described(nn.BatchNorm), described(BatchNorm)
     assert ours[: len(theirs)] == theirs
-    added = ("activation", "virtual_batch_size", "unbiased", "skip_nonfinite", "update_stats", "implementation")
+    added = (
+        "activation",
+        "virtual_batch_size",
+        "unbiased",
+        "skip_nonfinite",
+        "update_stats",
+        "implementation",
+    )
     assert tuple(name for name, _, _ in ours[len(theirs) :]) == added
 
 
@@ -201,7 +249,9 @@ def test_is_flax_s_class_under_the_same_name():
 
 @pytest.mark.third_party
 def test_tabulate_shows_one_row():
-    describe = lambda cls: cls(use_running_average=False).tabulate(KEY, data(), console_kwargs={"width": 200})
+    describe = lambda cls: cls(use_running_average=False).tabulate(
+        KEY, data(), console_kwargs={"width": 200}
+    )
     assert describe(BatchNorm) == describe(nn.BatchNorm)
 
 
@@ -222,7 +272,9 @@ def test_force_float32_reductions_decides_only_how_statistics_are_stored(train, 
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(param_dtype)}
     y, new = layer.apply(variables, x, not train, mutable=["batch_stats"])
     default = BatchNorm(**options)
-    expected, expected_new = default.apply(default.init(KEY, x, False), x, not train, mutable=["batch_stats"])
+    expected, expected_new = default.apply(
+        default.init(KEY, x, False), x, not train, mutable=["batch_stats"]
+    )
     np.testing.assert_array_equal(y, expected)
     same(new, jax.tree.map(lambda v: v.astype(param_dtype), expected_new))
 
@@ -230,7 +282,10 @@ def test_force_float32_reductions_decides_only_how_statistics_are_stored(train, 
 def test_use_running_average_is_merged_as_in_flax():
     x = data()
     variables = BatchNorm().init(KEY, x, True)
-    for layer, call in ((BatchNorm(), {}), (BatchNorm(use_running_average=True), {"use_running_average": True})):
+    for layer, call in (
+        (BatchNorm(), {}),
+        (BatchNorm(use_running_average=True), {"use_running_average": True}),
+    ):
         with pytest.raises(ValueError, match="use_running_average"):
             layer.apply(variables, x, **call)
 
@@ -272,7 +327,9 @@ def test_an_activation_with_parameters_of_its_own():
     y, _ = layer.apply(variables, x, mutable=["batch_stats"])
     z, _ = BatchNorm(use_running_average=False).init_with_output(KEY, x)
     close(y, jnp.where(z >= 0, z, 0.01 * z))
-    loss = lambda params: jnp.sum(layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0])
+    loss = lambda params: jnp.sum(
+        layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
+    )
     slope = jax.grad(loss)(variables["params"])["activation"]["negative_slope"]
     np.testing.assert_allclose(slope, jnp.sum(jnp.minimum(z, 0)), rtol=1e-5)
 
@@ -298,7 +355,9 @@ def test_bad_options_are_refused(options, error, match):
 def test_bad_arrays_are_refused():
     x = data()
     variables = BatchNorm().init(KEY, x, True)
-    call = functools.partial(BatchNorm(use_running_average=False).apply, variables, mutable=["batch_stats"])
+    call = functools.partial(
+        BatchNorm(use_running_average=False).apply, variables, mutable=["batch_stats"]
+    )
     with pytest.raises(ValueError, match=r"residual has shape \(5,\)"):
         call(x, residual=x[0, 0, 0])
     with pytest.raises(ValueError, match=r"weights has shape \(6,\)"):
@@ -335,9 +394,13 @@ def test_masked_padding_is_never_read():
     np.testing.assert_array_equal(got[2][0][padding], 0)
     np.testing.assert_allclose(got[0][~padding], expected[0][~padding], rtol=1e-5, atol=1e-5)
     close(got[1], expected[1])
-    # The padding is normalized too, so its dy reaches the valid rows through the statistics; where it is NaN its xhat is 0.
+    # The padding is normalized too, so its dy reaches the valid rows through the statistics; where
+    # it is NaN its xhat is 0.
     dy = np.cos(np.arange(x.size)).reshape(x.shape)
-    dmean, dvar = (2 * (1 - 0.99) * np.asarray(got[1]["batch_stats"][name], np.float64) for name in ("mean", "var"))
+    dmean, dvar = (
+        2 * (1 - 0.99) * np.asarray(got[1]["batch_stats"][name], np.float64)
+        for name in ("mean", "var")
+    )
     dx = oracle.backward(x, dy, weights=mask, dmean=dmean, dvar=dvar).x
     np.testing.assert_allclose(got[2][0][~padding], dx[~padding], rtol=1e-4, atol=1e-5)
 
@@ -356,13 +419,19 @@ def test_skip_nonfinite_keeps_the_model_usable():
     layer = BatchNorm(skip_nonfinite=True)
     variables = layer.init(KEY, x, False)
     _, before = layer.apply(variables, x, False, mutable=["batch_stats"])
-    _, after = layer.apply({**variables, **before}, x.at[0, 0, 0, 0].set(jnp.inf), False, mutable=["batch_stats"])
+    _, after = layer.apply(
+        {**variables, **before}, x.at[0, 0, 0, 0].set(jnp.inf), False, mutable=["batch_stats"]
+    )
     same(after, before)
-    _, poisoned = BatchNorm().apply({**variables, **before}, x.at[0, 0, 0, 0].set(jnp.inf), False, mutable=["batch_stats"])
+    _, poisoned = BatchNorm().apply(
+        {**variables, **before}, x.at[0, 0, 0, 0].set(jnp.inf), False, mutable=["batch_stats"]
+    )
     assert not np.isfinite(poisoned["batch_stats"]["mean"]).all()
 
 
-UNEQUAL = np.arange(16).reshape(8, 2, 1) % 5 < np.arange(8)[:, None, None] % 4  # shards of 2, 1 and 0 valid rows
+UNEQUAL = (
+    np.arange(16).reshape(8, 2, 1) % 5 < np.arange(8)[:, None, None] % 4
+)  # shards of 2, 1 and 0 valid rows
 
 
 @functools.cache
@@ -372,7 +441,13 @@ def unequal():
     variables = layer.init(KEY, x[0])
     y, m = oracle.forward(x.reshape(16, 5), weights=UNEQUAL.reshape(16, 1))
     state = oracle.running(oracle.State(np.zeros(5), np.ones(5), 0), m, momentum=0.5)
-    return x, layer, variables, y.reshape(8, 2, 5), {"batch_stats": {"mean": state.mean, "var": state.var}}
+    return (
+        x,
+        layer,
+        variables,
+        y.reshape(8, 2, 5),
+        {"batch_stats": {"mean": state.mean, "var": state.var}},
+    )
 
 
 def close_to_oracle(got, expected):
@@ -387,20 +462,27 @@ def test_synchronized_masked_shards_are_weighted_by_count(how):
     if how == "shard_map":
         mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
         across = jax.shard_map(
-            lambda x, mask: local(x[0], mask[0]), mesh=mesh, in_specs=(P("batch"), P("batch")), out_specs=(P("batch"), P())
+            lambda x, mask: local(x[0], mask[0]),
+            mesh=mesh,
+            in_specs=(P("batch"), P("batch")),
+            out_specs=(P("batch"), P()),
         )
         got, new = jax.jit(across)(x, jnp.asarray(UNEQUAL))
         got = got.reshape(x.shape)
     else:
         across = {"pmap": jax.pmap, "vmap": jax.vmap}[how](local, axis_name="batch")
         got, new = across(x, jnp.asarray(UNEQUAL))
-        jax.tree.map(lambda v: np.testing.assert_array_equal(v, jnp.broadcast_to(v[:1], v.shape)), new)
+        jax.tree.map(
+            lambda v: np.testing.assert_array_equal(v, jnp.broadcast_to(v[:1], v.shape)), new
+        )
         new = jax.tree.map(lambda v: v[0], new)
     close_to_oracle((got, new), (y, stats))
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize(("axis_name", "groups"), [(["batch"], None), ("batch", [[0, 1], [2, 3], [4, 5], [6, 7]])])
+@pytest.mark.parametrize(
+    ("axis_name", "groups"), [(["batch"], None), ("batch", [[0, 1], [2, 3], [4, 5], [6, 7]])]
+)
 def test_synchronization_and_its_groups_are_flax_s(axis_name, groups):
     x = data((8, 3, 5))
     options = {"use_running_average": False, "axis_name": axis_name, "axis_index_groups": groups}
@@ -408,8 +490,12 @@ def test_synchronization_and_its_groups_are_flax_s(axis_name, groups):
     for cls in (BatchNorm, nn.BatchNorm):
         layer = cls(**options)
         variables = layer.init(KEY, x[0])
-        loss = lambda x, layer=layer, variables=variables: jnp.sum(layer.apply(variables, x, mutable=["batch_stats"])[0] ** 3)
-        apply = lambda x, layer=layer, variables=variables: layer.apply(variables, x, mutable=["batch_stats"])
+        loss = lambda x, layer=layer, variables=variables: jnp.sum(
+            layer.apply(variables, x, mutable=["batch_stats"])[0] ** 3
+        )
+        apply = lambda x, layer=layer, variables=variables: layer.apply(
+            variables, x, mutable=["batch_stats"]
+        )
         results.append((jax.pmap(apply, "batch")(x), jax.pmap(jax.grad(loss), "batch")(x)))
     close(*results)
 
@@ -417,7 +503,9 @@ def test_synchronization_and_its_groups_are_flax_s(axis_name, groups):
 def test_axis_index_groups_without_an_axis_are_ignored_as_in_flax():
     x = data()
     y, _ = BatchNorm(use_running_average=False, axis_index_groups=[[0]]).init_with_output(KEY, x)
-    np.testing.assert_array_equal(y, BatchNorm(use_running_average=False).init_with_output(KEY, x)[0])
+    np.testing.assert_array_equal(
+        y, BatchNorm(use_running_average=False).init_with_output(KEY, x)[0]
+    )
 
 
 # Lifting.
@@ -426,11 +514,20 @@ def test_axis_index_groups_without_an_axis_are_ignored_as_in_flax():
 def lifted(cls, how):
     """A module that holds the layer under one of linen's transformations."""
     if how == "vmap":
-        lift = nn.vmap(cls, in_axes=0, out_axes=0, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True})
+        lift = nn.vmap(
+            cls,
+            in_axes=0,
+            out_axes=0,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+        )
         return lift(use_running_average=False)
     if how == "vmap_axis_name":
         lift = nn.vmap(
-            cls, variable_axes={"params": None, "batch_stats": None}, split_rngs={"params": False}, axis_name="batch"
+            cls,
+            variable_axes={"params": None, "batch_stats": None},
+            split_rngs={"params": False},
+            axis_name="batch",
         )
         return lift(use_running_average=False, axis_name="batch")
     if how == "remat":
@@ -447,9 +544,16 @@ def lifted(cls, how):
     class Loop(nn.Module):
         @nn.compact
         def __call__(self, x):
-            axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+            axes = {
+                "variable_axes": {"params": 0, "batch_stats": 0},
+                "split_rngs": {"params": True},
+            }
             if how == "scan_shared":
-                axes = {"variable_carry": "batch_stats", "variable_broadcast": "params", "split_rngs": {"params": False}}
+                axes = {
+                    "variable_carry": "batch_stats",
+                    "variable_broadcast": "params",
+                    "split_rngs": {"params": False},
+                }
             return nn.scan(Body, length=3, **axes)()(x, None)[0]
 
     return Loop()
@@ -479,7 +583,10 @@ def test_lifting(how):
 
 
 def test_partitioned_parameters():
-    layer = BatchNorm(use_running_average=False, scale_init=nn.with_partitioning(nn.initializers.ones, ("channels",)))
+    layer = BatchNorm(
+        use_running_average=False,
+        scale_init=nn.with_partitioning(nn.initializers.ones, ("channels",)),
+    )
     x = data()
     variables = layer.init(KEY, x)
     assert variables["params"]["scale"].names == ("channels",)
@@ -507,13 +614,21 @@ def trained(norm, steps=5):
     x, labels = data((16, 6, 6, 2)), rng.integers(0, 3, 16)
     net, optimizer = Net(norm), optax.sgd(0.1, momentum=0.9)
     variables = net.init(KEY, x, train=True)
-    params, stats, memory = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+    params, stats, memory = (
+        variables["params"],
+        variables["batch_stats"],
+        optimizer.init(variables["params"]),
+    )
 
     @jax.jit
     def step(params, stats, memory):
         def loss(params):
-            logits, new = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+            logits, new = net.apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
+                "batch_stats"
+            ]
 
         grads, stats_ = jax.grad(loss, has_aux=True)(params)
         updates, memory_ = optimizer.update(grads, memory)
@@ -535,7 +650,9 @@ def test_checkpoints_go_both_ways(source):
     loaded = serialization.from_bytes(template, serialization.to_bytes(variables))
     same(loaded, variables)
     same(serialization.from_state_dict(template, serialization.to_state_dict(variables)), variables)
-    ours, theirs = (Net(norm).apply(v, x, train=False) for norm, v in ((target, loaded), (source, variables)))
+    ours, theirs = (
+        Net(norm).apply(v, x, train=False) for norm, v in ((target, loaded), (source, variables))
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -555,7 +672,9 @@ def test_importing_jbn_does_not_import_flax_and_offers_the_modules():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("options", [{"activation": jax.nn.relu}, {"virtual_batch_size": 2}], ids=options_id)
+@pytest.mark.parametrize(
+    "options", [{"activation": jax.nn.relu}, {"virtual_batch_size": 2}], ids=options_id
+)
 def test_the_functional_api_gives_the_same_bits(options):
     x = data()
     layer = BatchNorm(use_running_average=False, **options)

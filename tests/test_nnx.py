@@ -10,7 +10,18 @@ import oracle
 import pytest
 from flax import nnx
 from flax.nnx.nn import dtypes
-from flax_cases import BAD_OPTIONS, DTYPES, MASKS, OPTIONS, SHAPE, close, data, options_id, same, strict
+from flax_cases import (
+    BAD_OPTIONS,
+    DTYPES,
+    MASKS,
+    OPTIONS,
+    SHAPE,
+    close,
+    data,
+    options_id,
+    same,
+    strict,
+)
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -57,7 +68,9 @@ def compare(x, options, factor=64, **call):
         got = train(ours, x, **call)
     close(got, train(theirs, x, **call), factor)
     nnx.update(ours, nnx.state(theirs))
-    infer = lambda layer: nnx.jit(lambda layer, x: layer(x, use_running_average=True, **call))(layer, x)
+    infer = lambda layer: nnx.jit(lambda layer, x: layer(x, use_running_average=True, **call))(
+        layer, x
+    )
     with strict():
         y = infer(ours)
     return y, infer(theirs)
@@ -72,9 +85,18 @@ def test_options_mean_what_they_mean_in_flax(options):
 @pytest.mark.third_party
 @pytest.mark.parametrize(("x_dtype", "dtype", "param_dtype", "use_scale"), DTYPES)
 def test_dtypes_are_flax_s(x_dtype, dtype, param_dtype, use_scale):
-    options = {"dtype": dtype, "param_dtype": param_dtype, "use_scale": use_scale, "use_bias": use_scale}
+    options = {
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "use_scale": use_scale,
+        "use_bias": use_scale,
+    }
     # Where x is rounded to dtype first, so is dx in the end (but for what XLA leaves out).
-    y, theirs = compare(data(dtype=x_dtype), options, factor=2**17 if (x_dtype, dtype) == (jnp.float32, jnp.bfloat16) else 64)
+    y, theirs = compare(
+        data(dtype=x_dtype),
+        options,
+        factor=2**17 if (x_dtype, dtype) == (jnp.float32, jnp.bfloat16) else 64,
+    )
     if dtype == jnp.bfloat16:  # flax rounds the statistics in inference
         assert y.dtype == theirs.dtype
     else:
@@ -93,7 +115,9 @@ def test_statistics_are_never_rounded_to_dtype():
     layer.mean[...] = jnp.full(3, 257.5)  # the bfloat16 numbers here are 256, 258, 260
     layer.var[...] = jnp.full(3, 0.25)
     x = jnp.full((2, 3), 258, jnp.bfloat16)
-    np.testing.assert_allclose(np.asarray(layer(x), np.float32), 0.5 / np.sqrt(0.25 + 1e-5), rtol=2.0**-8)
+    np.testing.assert_allclose(
+        np.asarray(layer(x), np.float32), 0.5 / np.sqrt(0.25 + 1e-5), rtol=2.0**-8
+    )
     assert layer.mean.dtype == jnp.float32
 
 
@@ -112,7 +136,11 @@ def test_promote_dtype_is_called_as_in_flax(use_running_average):
 @pytest.mark.third_party
 @pytest.mark.parametrize("dtype", [np.int32, bool])
 def test_integers_are_read_as_float32(dtype):
-    x = (np.arange(24) % 5 > 1).reshape(6, 4) if dtype is bool else np.arange(24).reshape(6, 4).astype(dtype)
+    x = (
+        (np.arange(24) % 5 > 1).reshape(6, 4)
+        if dtype is bool
+        else np.arange(24).reshape(6, 4).astype(dtype)
+    )
     ours, theirs = (make(cls, 4) for cls in (BatchNorm, nnx.BatchNorm))
     close((ours(x), pure(ours)), (theirs(x), pure(theirs)))
 
@@ -157,19 +185,35 @@ def test_linen_gives_the_same_bits(x_dtype, dtype, use_running_average):
     """Except where flax.nnx rounds x to dtype before anything else, and linen does not."""
     x = data(dtype=x_dtype)
     x = x.astype(jnp.bfloat16).astype(x_dtype)
-    options = {"use_running_average": use_running_average, "activation": jax.nn.relu, "dtype": dtype, "momentum": 0.9}
+    options = {
+        "use_running_average": use_running_average,
+        "activation": jax.nn.relu,
+        "dtype": dtype,
+        "momentum": 0.9,
+    }
     linen = jbn.linen.BatchNorm(**options)
-    y, new = linen.apply(linen.init(jax.random.key(0), x), x, residual=x, mask=MASKS[0], mutable=["batch_stats"])
+    y, new = linen.apply(
+        linen.init(jax.random.key(0), x), x, residual=x, mask=MASKS[0], mutable=["batch_stats"]
+    )
     layer = make(BatchNorm, **options)
     same(layer(x, residual=x, mask=MASKS[0]), y)
     same({"mean": layer.mean[...], "var": layer.var[...]}, new["batch_stats"])
 
 
 def test_arguments_of_flax_come_first_and_have_its_defaults():
-    theirs, ours = (inspect.signature(cls.__init__).parameters for cls in (nnx.BatchNorm, BatchNorm))
+    theirs, ours = (
+        inspect.signature(cls.__init__).parameters for cls in (nnx.BatchNorm, BatchNorm)
+    )
     described = lambda parameters: [(p.name, p.kind, p.default) for p in parameters.values()]
     assert described(ours)[: len(theirs)] == described(theirs)
-    added = ["activation", "virtual_batch_size", "unbiased", "skip_nonfinite", "update_stats", "implementation"]
+    added = [
+        "activation",
+        "virtual_batch_size",
+        "unbiased",
+        "skip_nonfinite",
+        "update_stats",
+        "implementation",
+    ]
     assert list(ours)[len(theirs) :] == added
     call = list(inspect.signature(nnx.BatchNorm.__call__).parameters)
     assert list(inspect.signature(BatchNorm.__call__).parameters) == [*call, "residual"]
@@ -310,7 +354,9 @@ def test_lifting(how):
             axes = nnx.StateAxes({...: None})
             call = nnx.vmap(apply, in_axes=(axes, 0), axis_name="batch")
         elif how == "scan":
-            call = lambda layer, x: nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layer)
+            call = lambda layer, x: nnx.scan(
+                lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )(x, layer)
         else:
             axes = nnx.StateAxes({...: nnx.Carry})
             call = nnx.scan(apply, in_axes=(axes, 0), out_axes=0)
@@ -321,7 +367,9 @@ def test_lifting(how):
                 y = call(layer, x)
                 return jnp.sum(jnp.sin(y)), y
 
-            grads, y = nnx.grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1), has_aux=True)(layer, x)
+            grads, y = nnx.grad(loss, argnums=(nnx.DiffState(0, nnx.Param), 1), has_aux=True)(
+                layer, x
+            )
             return y, nnx.to_pure_dict(grads[0]), grads[1]
 
         return step(layer, x), pure(layer)
@@ -341,7 +389,9 @@ def test_synchronized_masked_shards_are_weighted_by_count():
         return y, layer.mean[...], layer.var[...]
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
-    across = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("batch"), P("batch")), out_specs=(P("batch"), P(), P()))
+    across = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("batch"), P("batch")), out_specs=(P("batch"), P(), P())
+    )
     y, mean, var = jax.jit(across)(state, x, jnp.asarray(mask))
     close_to_oracle((y.reshape(16, 5), mean, var), (expected, m.mean, oracle.variance(m)))
 

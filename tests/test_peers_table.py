@@ -22,9 +22,15 @@ pytestmark = pytest.mark.third_party
 LIBRARIES = ("jbn", "flax", "torch", "haiku", "equinox", "keras")
 EVERYONE = set(LIBRARIES)
 MASKED = {"jbn", "flax", "keras"}  # who takes a mask at all
-# A property, and for which libraries it holds, with their defaults. The README's table may say no more than this.
+# A property, and for which libraries it holds, with their defaults. The README's table may say no
+# more than this.
 TABLE = {
-    "variance of float32 data at mean 10 000, std 1, right to 1e-3": {"jbn", "torch", "equinox", "keras"},
+    "variance of float32 data at mean 10 000, std 1, right to 1e-3": {
+        "jbn",
+        "torch",
+        "equinox",
+        "keras",
+    },
     "one batch with an infinity leaves the running statistics finite": {"jbn"},
     "refuses eps <= 0": {"jbn", "torch"},
     "refuses momentum outside [0, 1]": {"jbn"},
@@ -57,7 +63,9 @@ def step(library, *batches, old=0.0, eps=1e-5, **options):
 def _jbn(batches, old, eps, options):
     params, state = jbn.init(batches[0].shape[-1])
     for x in batches:
-        y, state = jbn.batch_norm_train(jnp.asarray(x), params, state, momentum=old, eps=eps, **options)
+        y, state = jbn.batch_norm_train(
+            jnp.asarray(x), params, state, momentum=old, eps=eps, **options
+        )
     return Step(y, state.mean, state.var)
 
 
@@ -73,7 +81,9 @@ def _flax(batches, old, eps, options):
 def _torch(batches, old, eps, options):
     import torch
 
-    layer = torch.nn.BatchNorm1d(batches[0].shape[-1], momentum=None if old is None else 1 - old, eps=eps)
+    layer = torch.nn.BatchNorm1d(
+        batches[0].shape[-1], momentum=None if old is None else 1 - old, eps=eps
+    )
     for x in batches:
         y = layer(torch.tensor(x))
     n = len(batches[-1])
@@ -84,11 +94,15 @@ def _torch(batches, old, eps, options):
 def _haiku(batches, old, eps, options):
     import haiku
 
-    layer = haiku.transform_with_state(lambda x: haiku.BatchNorm(True, True, old, eps)(x, is_training=True))
+    layer = haiku.transform_with_state(
+        lambda x: haiku.BatchNorm(True, True, old, eps)(x, is_training=True)
+    )
     params, state = layer.init(jax.random.key(0), jnp.asarray(batches[0]))
     for x in batches:
         y, state = layer.apply(params, state, None, jnp.asarray(x))
-    mean, var = (state[f"batch_norm/~/{name}_ema"]["average"].reshape(-1) for name in ("mean", "var"))
+    mean, var = (
+        state[f"batch_norm/~/{name}_ema"]["average"].reshape(-1) for name in ("mean", "var")
+    )
     return Step(y, mean, var)
 
 
@@ -98,7 +112,9 @@ def _equinox(batches, old, eps, options):
     make = equinox.nn.make_with_state(equinox.nn.BatchNorm)
     layer, state = make(batches[0].shape[-1], "batch", eps=eps, momentum=old, mode="ema")
     for x in batches:
-        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(jnp.asarray(x), state)
+        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+            jnp.asarray(x), state
+        )
     mean, var = state.get(layer.ema_state_index)
     return Step(y, mean, var)
 
@@ -112,7 +128,14 @@ def _keras(batches, old, eps, options):
     return Step(np.asarray(y), np.asarray(layer.moving_mean), np.asarray(layer.moving_variance))
 
 
-STEPS = {"jbn": _jbn, "flax": _flax, "torch": _torch, "haiku": _haiku, "equinox": _equinox, "keras": _keras}
+STEPS = {
+    "jbn": _jbn,
+    "flax": _flax,
+    "torch": _torch,
+    "haiku": _haiku,
+    "equinox": _equinox,
+    "keras": _keras,
+}
 
 
 def measured(row, library, holds):
@@ -147,7 +170,10 @@ def test_variance_far_from_zero(library):
     x = data(mean=1e4)
     result = step(library, x)
     exact = oracle.variance(oracle.moments(x))
-    right = np.abs(np.float64(result.var) / exact - 1).max() < 1e-3 and np.abs(np.std(result.y, 0) - 1).max() < 1e-3
+    right = (
+        np.abs(np.float64(result.var) / exact - 1).max() < 1e-3
+        and np.abs(np.std(result.y, 0) - 1).max() < 1e-3
+    )
     measured("variance of float32 data at mean 10 000, std 1, right to 1e-3", library, bool(right))
 
 
@@ -156,7 +182,9 @@ def test_flax_without_its_fast_variance_is_right_too():
     x = data(mean=1e4)
     layer = linen.BatchNorm(use_running_average=False, momentum=0.0, use_fast_variance=False)
     _, new = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
-    np.testing.assert_allclose(new["batch_stats"]["var"], oracle.variance(oracle.moments(x)), rtol=1e-3)
+    np.testing.assert_allclose(
+        new["batch_stats"]["var"], oracle.variance(oracle.moments(x)), rtol=1e-3
+    )
 
 
 def test_a_batch_with_an_infinity(library):
@@ -165,13 +193,21 @@ def test_a_batch_with_an_infinity(library):
     options = {"skip_nonfinite": True} if library == "jbn" else {}  # nobody else has such an option
     result = step(library, data(), bad, data(), old=0.9, **options)
     finite = np.isfinite(result.mean).all() and np.isfinite(result.var).all()
-    measured("one batch with an infinity leaves the running statistics finite", library, bool(finite))
+    measured(
+        "one batch with an infinity leaves the running statistics finite", library, bool(finite)
+    )
 
 
 def test_arguments_out_of_range(library):
     measured("refuses eps <= 0", library, refuses(lambda: step(library, data(), eps=-1.0)))
-    measured("refuses momentum outside [0, 1]", library, refuses(lambda: step(library, data(), old=5.0)))
-    measured("refuses to train on one value per channel", library, refuses(lambda: step(library, data(1))))
+    measured(
+        "refuses momentum outside [0, 1]", library, refuses(lambda: step(library, data(), old=5.0))
+    )
+    measured(
+        "refuses to train on one value per channel",
+        library,
+        refuses(lambda: step(library, data(1))),
+    )
     measured("refuses an empty batch", library, refuses(lambda: step(library, data(0))))
 
 
@@ -179,7 +215,9 @@ def test_cumulative_average(library):
     batches = [data() + shift for shift in np.float32([0, 3, 9])]
     row = "cumulative average over all batches"
     if library in TABLE[row]:
-        np.testing.assert_allclose(step(library, *batches, old=None).mean, np.mean(batches, (0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(
+            step(library, *batches, old=None).mean, np.mean(batches, (0, 1)), rtol=1e-5
+        )
     measured(row, library, not refuses(lambda: step(library, *batches, old=None)))
 
 
@@ -195,7 +233,10 @@ def masked_output(library, x, mask):
 
     layer = keras.layers.BatchNormalization()
     layer.build((None, *x.shape))
-    trained, kept = ([v.value for v in values] for values in (layer.trainable_variables, layer.non_trainable_variables))
+    trained, kept = (
+        [v.value for v in values]
+        for values in (layer.trainable_variables, layer.non_trainable_variables)
+    )
     return layer.stateless_call(trained, kept, x[None], training=True, mask=mask[None])[0][0]
 
 
@@ -209,10 +250,16 @@ def test_masks(library):
     y = masked_output(library, x, mask)
     expected, _ = oracle.forward(np.asarray(x), weights=np.asarray(mask)[:, None])
     eps = 1e-3 if library == "keras" else 1e-5
-    expected = expected if eps == 1e-5 else oracle.forward(np.asarray(x), weights=np.asarray(mask)[:, None], eps=eps)[0]
+    expected = (
+        expected
+        if eps == 1e-5
+        else oracle.forward(np.asarray(x), weights=np.asarray(mask)[:, None], eps=eps)[0]
+    )
     np.testing.assert_allclose(y[:4], expected[:4], rtol=1e-4, atol=1e-5)
     padded = x.at[4:].set(jnp.nan)
-    dx = jax.grad(lambda x: jnp.where(mask[:, None], jnp.square(masked_output(library, x, mask)) * x, 0).sum())(padded)
+    dx = jax.grad(
+        lambda x: jnp.where(mask[:, None], jnp.square(masked_output(library, x, mask)) * x, 0).sum()
+    )(padded)
     row = "NaN in masked elements reaches no gradient of the others"
     measured(row, library, bool(jnp.isfinite(dx[:4]).all()))
 
@@ -224,13 +271,17 @@ def test_masked_statistics_over_devices():
     params, state = jbn.init(4)
 
     def ours(x, mask):
-        return jbn.batch_norm_train(x, params, state, momentum=0.0, weights=mask[:, None], axis_name="d")[1].mean
+        return jbn.batch_norm_train(
+            x, params, state, momentum=0.0, weights=mask[:, None], axis_name="d"
+        )[1].mean
 
     layer = linen.BatchNorm(use_running_average=False, momentum=0.0, axis_name="d")
     variables = layer.init(jax.random.key(0), x[0])
 
     def theirs(x, mask):
-        return layer.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[1]["batch_stats"]["mean"]
+        return layer.apply(variables, x, mask=mask[:, None], mutable=["batch_stats"])[1][
+            "batch_stats"
+        ]["mean"]
 
     row = "masked statistics over devices weighted by count"
     for library, mean in (("jbn", ours), ("flax", theirs)):
@@ -240,19 +291,28 @@ def test_masked_statistics_over_devices():
 
 def third_derivative(library, x):
     """d^3/dt^3 of sum(w * y(x + t v)^2) at 0 by the library's reverse mode, three times."""
-    direction, weight = np.cos(np.arange(x.size)).reshape(x.shape), np.sin(np.arange(x.size)).reshape(x.shape)
+    direction, weight = (
+        np.cos(np.arange(x.size)).reshape(x.shape),
+        np.sin(np.arange(x.size)).reshape(x.shape),
+    )
     if library == "torch":
         import torch
 
         t = torch.zeros((), dtype=torch.float64, requires_grad=True)
         layer = torch.nn.BatchNorm1d(x.shape[1], dtype=torch.float64)
-        value = (torch.tensor(weight) * layer(torch.tensor(x) + t * torch.tensor(direction)) ** 2).sum()
+        value = (
+            torch.tensor(weight) * layer(torch.tensor(x) + t * torch.tensor(direction)) ** 2
+        ).sum()
         for _ in range(3):
             (value,) = torch.autograd.grad(value, t, create_graph=True)
         return float(value)
-    output = {"jbn": lambda x: jbn.batch_norm_train(x, *jbn.init(x.shape[1], param_dtype=x.dtype))[0]}
+    output = {
+        "jbn": lambda x: jbn.batch_norm_train(x, *jbn.init(x.shape[1], param_dtype=x.dtype))[0]
+    }
     if library == "flax":
-        layer = linen.BatchNorm(use_running_average=False, dtype=jnp.float64, param_dtype=jnp.float64)
+        layer = linen.BatchNorm(
+            use_running_average=False, dtype=jnp.float64, param_dtype=jnp.float64
+        )
         variables = layer.init(jax.random.key(0), x)
         output["flax"] = lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0]
     f = lambda t: (weight * output[library](jnp.asarray(x) + t * direction) ** 2).sum()
@@ -264,12 +324,19 @@ def third_derivative(library, x):
 def test_third_derivatives(library):
     """Against central differences of the float64 oracle. The other libraries are jax.grad of plain jnp, as flax is."""
     x, h = np.random.default_rng(0).normal(size=(6, 3)), 2e-3
-    direction, weight = np.cos(np.arange(x.size)).reshape(x.shape), np.sin(np.arange(x.size)).reshape(x.shape)
+    direction, weight = (
+        np.cos(np.arange(x.size)).reshape(x.shape),
+        np.sin(np.arange(x.size)).reshape(x.shape),
+    )
     f = lambda t: (weight * oracle.forward(x + t * direction)[0] ** 2).sum()
     # Central differences of fourth order: error O(h^4), rounding 1e-16 / h^3 = 1e-8.
     taps = zip((-3, -2, -1, 1, 2, 3), (1 / 8, -1, 13 / 8, -13 / 8, 1, -1 / 8), strict=True)
     expected = sum(c * f(k * h) for k, c in taps) / h**3
-    measured("third derivatives right", library, bool(abs(third_derivative(library, x) / expected - 1) < 1e-3))
+    measured(
+        "third derivatives right",
+        library,
+        bool(abs(third_derivative(library, x) / expected - 1) < 1e-3),
+    )
 
 
 def arguments(library):
@@ -277,7 +344,12 @@ def arguments(library):
     if library == "jbn":
         functions = [jbn.batch_norm_train]
     elif library == "flax":
-        functions = [linen.BatchNorm.__init__, linen.BatchNorm.__call__, nnx.BatchNorm.__init__, nnx.BatchNorm.__call__]
+        functions = [
+            linen.BatchNorm.__init__,
+            linen.BatchNorm.__call__,
+            nnx.BatchNorm.__init__,
+            nnx.BatchNorm.__call__,
+        ]
     elif library == "torch":
         import torch
 
@@ -293,22 +365,35 @@ def arguments(library):
             else importlib.import_module("equinox").nn.BatchNorm
         )
         functions = [layer.__init__, layer.__call__]
-    return {name for function in functions for name in inspect.signature(inspect.unwrap(function)).parameters}
+    return {
+        name
+        for function in functions
+        for name in inspect.signature(inspect.unwrap(function)).parameters
+    }
 
 
 def test_what_a_layer_takes(library):
     takes = arguments(library)
     measured("virtual batches", library, bool({"virtual_batch_size", "ghost_batch_size"} & takes))
-    measured("residual and activation in the same call", library, {"residual", "activation"} <= takes)
+    measured(
+        "residual and activation in the same call", library, {"residual", "activation"} <= takes
+    )
     renorm = library == "jbn" and callable(jbn.batch_renorm_train)
-    measured("batch renormalization", library, renorm or bool({"renorm", "r_max", "renorm_clipping"} & takes))
+    measured(
+        "batch renormalization",
+        library,
+        renorm or bool({"renorm", "r_max", "renorm_clipping"} & takes),
+    )
 
 
 def test_nnx_in_bfloat16_rounds_running_statistics_that_jbn_keeps():
     """flax rounds the mean 0.9951 to bfloat16 before it subtracts it: from x = 0.9961 that leaves another difference."""
     x = jnp.full((2, 1), 1.0 - 2**-8, jnp.bfloat16)
     results = {}
-    for name, module in (("flax", nnx.BatchNorm), ("jbn", importlib.import_module("jbn.nnx").BatchNorm)):
+    for name, module in (
+        ("flax", nnx.BatchNorm),
+        ("jbn", importlib.import_module("jbn.nnx").BatchNorm),
+    ):
         layer = module(1, dtype=jnp.bfloat16, use_running_average=True, rngs=nnx.Rngs(0))
         layer.mean[...] = jnp.array([0.9951])
         layer.var[...] = jnp.array([1e-6])

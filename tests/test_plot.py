@@ -37,7 +37,9 @@ def test_drift_map_shows_the_drift(tmp_path):
     figure = plot.drift(report)
     ax = figure.axes[0]
     mean, var = np.float64(model["a"][1].mean), np.float64(model["a"][1].var)
-    np.testing.assert_allclose(table(ax), ((oracle.moments(X).mean - mean) / np.sqrt(var))[None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        table(ax), ((oracle.moments(X).mean - mean) / np.sqrt(var))[None], rtol=1e-5, atol=1e-6
+    )
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
     assert is_png(figure, tmp_path / "drift.png")
 
@@ -59,7 +61,9 @@ def test_overview_leaves_out_what_is_not_known_and_marks_what_is_not_finite(tmp_
     assert crosses == [(1.0, 1.0)]
     assert np.isnan(table(output)[1, 1])
     assert is_png(figure, tmp_path / "overview.png")
-    with_drift = plot.overview(health.model_report(two_layers(), {"a": jbn.moments(jnp.asarray(X))}))
+    with_drift = plot.overview(
+        health.model_report(two_layers(), {"a": jbn.moments(jnp.asarray(X))})
+    )
     assert with_drift.axes[0].get_title(loc="left").startswith("Drift")
 
 
@@ -76,7 +80,10 @@ def test_before_and_after_draw_the_medians(axis, tmp_path):
     batch = plot.before_after(jnp.asarray(x), params, axis=axis, channels=3)
     running = plot.before_after(jnp.asarray(x), params, state, axis=axis)
     y, _ = oracle.forward(X)
-    for figure, values in ((batch, (X[:, :3], y[:, :3])), (running, (X, oracle.normalize(X, np.zeros(4), np.ones(4))))):
+    for figure, values in (
+        (batch, (X[:, :3], y[:, :3])),
+        (running, (X, oracle.normalize(X, np.zeros(4), np.ones(4)))),
+    ):
         for ax, expected in zip(figure.axes, values, strict=True):
             medians = [segment[0, 1] for segment in ax.collections[-1].get_segments()]
             np.testing.assert_allclose(medians, np.median(expected, 0), rtol=1e-4, atol=1e-4)
@@ -93,7 +100,9 @@ def test_history_draws_every_recorded_step(tmp_path):
     assert len(mean.lines) == len(std.lines) == 2
     steps, values = mean.lines[1].get_data()
     np.testing.assert_array_equal(steps, [0, 10, 20, 30, 40, 50])
-    np.testing.assert_allclose(values, X[:, 1].astype(float).mean() * (1 - 0.5 ** np.arange(6)), rtol=1e-5)
+    np.testing.assert_allclose(
+        values, X[:, 1].astype(float).mean() * (1 - 0.5 ** np.arange(6)), rtol=1e-5
+    )
     spread = np.sqrt(1 + (X[:, 1].astype(float).var() - 1) * (1 - 0.5 ** np.arange(6)))
     np.testing.assert_allclose(std.lines[1].get_ydata(), spread, rtol=1e-5)
     assert is_png(figure, tmp_path / "history.png")

@@ -19,8 +19,12 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = jbn.linen.BatchNorm(use_running_average=not train or self.frozen_first, name="first")(nn.Dense(4, name="in")(x))
-        x = jbn.linen.BatchNorm(use_running_average=not train, use_scale=False, name="second")(nn.relu(x))
+        x = jbn.linen.BatchNorm(use_running_average=not train or self.frozen_first, name="first")(
+            nn.Dense(4, name="in")(x)
+        )
+        x = jbn.linen.BatchNorm(use_running_average=not train, use_scale=False, name="second")(
+            nn.relu(x)
+        )
         return nn.Dense(1, name="out")(nn.LayerNorm(name="layer_norm")(x))
 
 
@@ -56,17 +60,24 @@ def test_functional_params_in_any_container():
 
 def train_step(model, variables, x, optimizer):
     def loss(params):
-        y, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        y, new = model.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
         return jnp.square(y - 1).mean(), new
 
     gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
-    updates, _ = optimizer.update(gradients, optimizer.init(variables["params"]), variables["params"])
+    updates, _ = optimizer.update(
+        gradients, optimizer.init(variables["params"]), variables["params"]
+    )
     return {"params": optax.apply_updates(variables["params"], updates), **new}
 
 
 def changed(before, after):
     """The layers of which anything changed."""
-    differs = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    differs = lambda a, b: any(
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
     return {name for name in before if differs(before[name], after[name])}
 
 

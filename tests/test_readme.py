@@ -1,8 +1,11 @@
 """The README's code runs.
 
-Every python block is executed in a namespace of its own; one after a line `<!-- continues -->` runs after the block before
-it, in one namespace.  A bash block is executed in the repository's root if `<!-- run -->` stands before it; the others are
-listed as skipped.  A block in any other language must say `text`, so that no code escapes by a missing or misspelt name.
+Every python block is executed in a namespace of its own; one after a line `<!-- continues -->` runs
+after the block before
+it, in one namespace.  A bash block is executed in the repository's root if `<!-- run -->` stands
+before it; the others are
+listed as skipped.  A block in any other language must say `text`, so that no code escapes by a
+missing or misspelt name.
 """
 
 import os
@@ -16,7 +19,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-FENCE = re.compile(r"(?:^<!-- *(?P<mark>[^\n]*?) *-->\n+)?^ *```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:^<!-- *(?P<mark>[^\n]*?) *-->\n+)?^ *```(?P<language>[^\n]*)\n(?P<code>.*?)^ *```$",
+    re.M | re.S,
+)
 
 
 class Block(NamedTuple):
@@ -66,12 +72,19 @@ def test_python_block_runs(group, tmp_path, monkeypatch):
     run(group)
 
 
-@pytest.mark.parametrize("block", parameters([b for b in FOUND if b.language == "bash"], lambda block: block.line))
+@pytest.mark.parametrize(
+    "block", parameters([b for b in FOUND if b.language == "bash"], lambda block: block.line)
+)
 def test_bash_block_runs(block):
     if block.mark != "run":
         pytest.skip(f"README.md line {block.line}: not marked <!-- run -->")
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], cwd=ROOT, env={**os.environ, "PATH": path}, check=True)
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.code],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        check=True,
+    )
 
 
 def test_every_block_says_what_it_is():
@@ -107,7 +120,13 @@ y = 1
 
 def test_blocks_are_found_and_run_as_documented():
     found = blocks(SAMPLE)
-    kinds = [("python", None), ("python", "continues"), ("bash", None), ("bash", "run"), ("python", None)]
+    kinds = [
+        ("python", None),
+        ("python", "continues"),
+        ("bash", None),
+        ("bash", "run"),
+        ("python", None),
+    ]
     assert [(b.language, b.mark) for b in found] == kinds
     first, second, third = scripts(found)
     assert run(first)["x"] == 1

@@ -20,13 +20,17 @@ def batches(number=50, features=4, seed=0):
     """Batches of unequal size, whose means wander by more than the standard deviation."""
     rng = np.random.default_rng(seed)
     sizes = rng.choice([3, 16, 37], number)  # few, as each is compiled
-    draw = lambda size: rng.normal(rng.normal(0, 3), 1, (size, 2, features)) * np.linspace(0.5, 3, features) + 10
+    draw = lambda size: (
+        rng.normal(rng.normal(0, 3), 1, (size, 2, features)) * np.linspace(0.5, 3, features) + 10
+    )
     return [draw(size).astype(np.float32) for size in sizes]
 
 
 def pooled(xs, weights=None):
     """float64 mean and biased variance of everything."""
-    m = oracle.moments(np.concatenate(xs), weights=None if weights is None else np.concatenate(weights))
+    m = oracle.moments(
+        np.concatenate(xs), weights=None if weights is None else np.concatenate(weights)
+    )
     return m.mean, oracle.variance(m)
 
 
@@ -86,7 +90,9 @@ def test_a_linen_model_is_exact_in_as_many_passes_as_its_chain(norm, masked):
     model = LinenModel(norm)
     xs = batches(12)
     masks = [
-        np.random.default_rng(i).random((len(x), 2, 1)) < 0.7 if masked else np.ones((len(x), 2, 1), bool)
+        np.random.default_rng(i).random((len(x), 2, 1)) < 0.7
+        if masked
+        else np.ones((len(x), 2, 1), bool)
         for i, x in enumerate(xs)
     ]
     variables = {"params": model.init(jax.random.key(0), xs[0])["params"], "batch_stats": _stale()}
@@ -97,19 +103,26 @@ def test_a_linen_model_is_exact_in_as_many_passes_as_its_chain(norm, masked):
             seen.append(0)
             return iter(list(zip(xs, masks, strict=True)))
 
-    new = recalibrate_linen(lambda v, batch: model.apply(v, batch[0], mask=batch[1]), variables, Loader())["batch_stats"]
+    new = recalibrate_linen(
+        lambda v, batch: model.apply(v, batch[0], mask=batch[1]), variables, Loader()
+    )["batch_stats"]
     stats = pooled(xs, masks)
     close((new["first"]["mean"], new["first"]["var"]), stats)
     second_in = [relu_normalized(x, *stats) for x in xs]
     stats = pooled(second_in, masks)
     close((new["second"]["mean"], new["second"]["var"]), stats)
     third_in = [relu_normalized(x, *stats) for x in second_in]
-    close((new["shared"]["mean"], new["shared"]["var"]), pooled(second_in + third_in, masks + masks))
+    close(
+        (new["shared"]["mean"], new["shared"]["var"]), pooled(second_in + third_in, masks + masks)
+    )
     assert len(seen) - 1 == 3  # the loader is asked once more, whether it can be iterated again
 
 
 def _stale():
-    return {name: {"mean": jnp.full(4, 5.0), "var": jnp.full(4, 9.0)} for name in ("first", "second", "shared")}
+    return {
+        name: {"mean": jnp.full(4, 5.0), "var": jnp.full(4, 9.0)}
+        for name in ("first", "second", "shared")
+    }
 
 
 def test_one_pass_in_train_mode_reads_what_batches_normalize():
@@ -137,7 +150,10 @@ def test_an_nnx_model_is_exact_and_changed_in_place():
     recalibrate_nnx(model, xs)
     stats = pooled(xs)
     close((model.first.mean[...], model.first.var[...]), stats)
-    close((model.rest[0].mean[...], model.rest[0].var[...]), pooled([relu_normalized(x, *stats) for x in xs]))
+    close(
+        (model.rest[0].mean[...], model.rest[0].var[...]),
+        pooled([relu_normalized(x, *stats) for x in xs]),
+    )
     assert isinstance(model.rest[0], jbn.nnx.BatchNorm)
     y = model(xs[0])
     np.testing.assert_array_equal(y, model(xs[0]))
@@ -156,5 +172,7 @@ def test_what_cannot_be_iterated_again_is_an_error():
 
 def test_a_progress_bar_shows_each_pass(capsys):
     pytest.importorskip("tqdm", reason="needs tqdm: pip install 'jbn[examples]'")
-    recalibrate(lambda states, x: {"a": jbn.moments(x)}, {"a": jbn.init(4)[1]}, batches(2), progress=True)
+    recalibrate(
+        lambda states, x: {"a": jbn.moments(x)}, {"a": jbn.init(4)[1]}, batches(2), progress=True
+    )
     assert "recalibrate, pass 1" in capsys.readouterr().err

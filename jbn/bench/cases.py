@@ -7,14 +7,16 @@ OPERATIONS = ("bn", "bn_relu", "bn_add_relu")
 MODES = ("forward", "forward_backward", "eval")
 DTYPES = ("float32", "bfloat16")
 
-# Passes over one tensor T, where each pass goes over memory and where x, dy stay on chip between the passes.
+# Passes over one tensor T, where each pass goes over memory and where x, dy stay on chip between
+# the passes.
 _PASSES = {
     # forward: read x for the statistics; read x, write y.  eval: the second alone.
     # backward: read x, dy for the two sums; read x, dy, write dx.
     "bn": {"forward": (3, 2), "forward_backward": (8, 5), "eval": (2, 2)},
     # The mask of relu is recomputed from x.
     "bn_relu": {"forward": (3, 2), "forward_backward": (8, 5), "eval": (2, 2)},
-    # forward: also read the residual.  backward: read x, dy, y, write dz (the residual's gradient); read x, dz, write dx.
+    # forward: also read the residual.  backward: read x, dy, y, write dz (the residual's gradient);
+    # read x, dz, write dx.
     "bn_add_relu": {"forward": (4, 3), "forward_backward": (11, 8), "eval": (3, 3)},
 }
 
@@ -95,9 +97,17 @@ def problems(batch: int) -> list[Problem]:
 def quick() -> list[Problem]:
     """A choice that takes under a minute on two CPU cores, compilation included."""
     # Convolutions beyond the caches: within them two runs differ by more than two peers.
-    by_name = {case.name: case for case in layers(batch=16)} | {"dense": Case("dense", (2048, 1024))}
+    by_name = {case.name: case for case in layers(batch=16)} | {
+        "dense": Case("dense", (2048, 1024))
+    }
     convolution = by_name["stage2_wide"]
     found = [Problem(convolution, "bn_relu", mode, "float32") for mode in MODES]
-    found += [Problem(convolution, operation, "forward_backward", "float32") for operation in ("bn", "bn_add_relu")]
-    found += [Problem(by_name[name], "bn_relu", "forward_backward", "bfloat16") for name in ("stage3_narrow", "dense")]
+    found += [
+        Problem(convolution, operation, "forward_backward", "float32")
+        for operation in ("bn", "bn_add_relu")
+    ]
+    found += [
+        Problem(by_name[name], "bn_relu", "forward_backward", "bfloat16")
+        for name in ("stage3_narrow", "dense")
+    ]
     return found

@@ -1,6 +1,8 @@
-"""Everything worth knowing about the device at hand: each part in a process of its own, under a time limit of its own.
+"""Everything worth knowing about the device at hand: each part in a process of its own, under a
+time limit of its own.
 
-An item that hangs or takes its process down costs one row: the process is killed, and another goes on with the next item.
+An item that hangs or takes its process down costs one row: the process is killed, and another goes
+    on with the next item.
 """
 
 import json
@@ -18,13 +20,45 @@ from typing import NamedTuple
 from jbn.bench import pictures, report
 from jbn.bench.report import Row
 
-# Seconds for all items of a part, by the first word of its name, and for one item (compilation included).
-_PART_SECONDS = {"copy": 40, "correctness": 60, "speed": 75, "op": 110, "model": 110, "xla": 30, "barrier": 40, "sweep": 60}
+# Seconds for all items of a part, by the first word of its name, and for one item (compilation
+# included).
+_PART_SECONDS = {
+    "copy": 40,
+    "correctness": 60,
+    "speed": 75,
+    "op": 110,
+    "model": 110,
+    "xla": 30,
+    "barrier": 40,
+    "sweep": 60,
+}
 _ITEM_SECONDS = {"model": 105, "barrier": 35}
 _ITEM_SECONDS_OTHERS = 40.0
 _START_SECONDS = 60.0  # for importing jax and opening the device
-_COLUMNS = ("case", "mode", "dtype", "implementation", "peer", "constant", "value", "median_ms", "q1_ms", "q3_ms", "GB_per_s")
-_COLUMNS += ("ratio_vs_flax", "times_roofline", "images_per_s", "peak_GB", "error", "allowed", "repeats", "ok", "status")
+_COLUMNS = (
+    "case",
+    "mode",
+    "dtype",
+    "implementation",
+    "peer",
+    "constant",
+    "value",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "GB_per_s",
+)
+_COLUMNS += (
+    "ratio_vs_flax",
+    "times_roofline",
+    "images_per_s",
+    "peak_GB",
+    "error",
+    "allowed",
+    "repeats",
+    "ok",
+    "status",
+)
 
 
 class Limits(NamedTuple):
@@ -35,8 +69,11 @@ class Limits(NamedTuple):
     start: float = _START_SECONDS
 
 
-def run(folder: str | os.PathLike, *, seconds: float, words: str = "", only: Sequence[str] | None = None) -> list[Row]:
-    """Run the parts, and write results.jsonl, results.md and pictures into the folder while they go.
+def run(
+    folder: str | os.PathLike, *, seconds: float, words: str = "", only: Sequence[str] | None = None
+) -> list[Row]:
+    """Run the parts, and write results.jsonl, results.md and pictures into the folder while they
+    go.
 
     Args:
         folder: made if it is not there.
@@ -47,14 +84,24 @@ def run(folder: str | os.PathLike, *, seconds: float, words: str = "", only: Seq
     deadline = time.monotonic() + seconds
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = json.loads(subprocess.run(_child("about"), check=True, capture_output=True, text=True, env=_environment()).stdout)
+    about = json.loads(
+        subprocess.run(
+            _child("about"), check=True, capture_output=True, text=True, env=_environment()
+        ).stdout
+    )
     names = [name for name in only or about["parts"] if all(word in name for word in words.split())]
     rows: list[Row] = []
     for name in report.progress(names, len(names), str):
         left = deadline - time.monotonic()
         kind = name.split()[0]
-        limits = Limits(min(_PART_SECONDS[kind], left), _ITEM_SECONDS.get(kind, _ITEM_SECONDS_OTHERS))
-        found = run_part(name, limits) if left > 5 else [{"part": name, "status": "not run: no time left"}]
+        limits = Limits(
+            min(_PART_SECONDS[kind], left), _ITEM_SECONDS.get(kind, _ITEM_SECONDS_OTHERS)
+        )
+        found = (
+            run_part(name, limits)
+            if left > 5
+            else [{"part": name, "status": "not run: no time left"}]
+        )
         rows += [row | about["environment"] for row in found]
         write(folder, rows)
     return rows
@@ -70,7 +117,9 @@ def run_part(name: str, limits: Limits) -> list[Row]:
             path = Path(folder, f"{first}.jsonl")
             path.touch()
             ended = _watch(_child(name, str(first), str(path)), path, deadline, limits)
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            lines = [
+                json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
+            ]
             rows += [line["row"] for line in lines if "row" in line]
             begun = [line for line in lines if "begin" in line]
             finished = {line["end"] for line in lines if "end" in line}
@@ -87,7 +136,9 @@ def run_part(name: str, limits: Limits) -> list[Row]:
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """results.jsonl, results.md, and pictures where there is something to draw (extra bench)."""
     report.write_json(folder / "results.jsonl", rows)
-    environment = {key: rows[0][key] for key in ("device", "python", "jax", "date") if key in rows[0]}
+    environment = {
+        key: rows[0][key] for key in ("device", "python", "jax", "date") if key in rows[0]
+    }
     title = ", ".join(f"{key} {value}" for key, value in environment.items())
     sections = [f"# {title}", "", "By `python -m jbn.bench device`."]
     for part in dict.fromkeys(row["part"] for row in rows):
@@ -107,7 +158,9 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 def _watch(command, path, deadline, limits):
     """Run until it is done, or nothing was written for too long, or the time is up: "done", or why it was not."""
     with open(path.with_suffix(".err"), "w+") as errors:
-        child = subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True, env=_environment())
+        child = subprocess.Popen(
+            command, stdout=errors, stderr=errors, start_new_session=True, env=_environment()
+        )
         size, since = 0, time.monotonic()
         try:
             while child.poll() is None:

@@ -1,8 +1,11 @@
 """What a compiled program moves, read from its HLO text: nothing is run.
 
-Every top-level operation of the schedule is charged its operands and its results, as a device without a cache would be.
-Calls, loops (times their trip count) and conditionals are expanded; a custom call (Pallas, cuDNN) is one operation.  Three
-refinements: an operand that is only sliced is charged the slices, an update in place only what it updates, and what a TPU
+Every top-level operation of the schedule is charged its operands and its results, as a device
+without a cache would be.
+Calls, loops (times their trip count) and conditionals are expanded; a custom call (Pallas, cuDNN)
+is one operation.  Three
+refinements: an operand that is only sliced is charged the slices, an update in place only what it
+    updates, and what a TPU
 program keeps in its on-chip memory (memory space 1 of a tiled layout) nothing.
 """
 
@@ -21,10 +24,26 @@ _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLEE = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _PRODUCT_CALL = re.compile(r'custom_call_target="[^"]*(?:conv|cublas|gemm|matmul|dot)', re.I)
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "iota")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "add-dependency",
+    "iota",
+)
 _FREE += ("partition-id", "replica-id", "opt-barrier")
 _SLICES = ("slice", "dynamic-slice", "gather")
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 class Instruction(NamedTuple):
@@ -56,7 +75,9 @@ class Operation(NamedTuple):
     written: int  # bytes
     result: str  # its type without layouts, such as "f32[64]"
     times: int = 1
-    cycles: int = 0  # the TPU compiler's estimate; 0 where it gives none (other platforms, custom calls)
+    cycles: int = (
+        0  # the TPU compiler's estimate; 0 where it gives none (other platforms, custom calls)
+    )
     is_product: bool = False  # a convolution or matrix product, or fused with one
 
     @property
@@ -96,7 +117,9 @@ def operations(text: str, *, branch: Choice = costliest) -> list[Operation]:
     """
     module = parse(text)
     if "ENTRY" not in module:
-        raise ValueError("the text has no ENTRY computation, expected compiled.as_text() of a jitted function")
+        raise ValueError(
+            "the text has no ENTRY computation, expected compiled.as_text() of a jitted function"
+        )
     return _expand(module, "ENTRY", branch)
 
 
@@ -126,7 +149,9 @@ def nbytes(type_text: str) -> int:
     for dtype, dims, layout in _SHAPE.findall(type_text):
         if layout and _ON_CHIP.search(layout):
             continue
-        bits = _ITEM_BITS.get(dtype) or (8 if dtype.startswith("f8") else 4 if dtype.startswith("f4") else 0)
+        bits = _ITEM_BITS.get(dtype) or (
+            8 if dtype.startswith("f8") else 4 if dtype.startswith("f4") else 0
+        )
         for dim in filter(None, dims.split(",")):
             bits *= int(dim)
         total += -(-bits // 8)
@@ -223,7 +248,11 @@ def _read_through(parameter, body, size):
         return size
     if all(user.opcode == "dynamic-update-slice" for user in users):
         return 0
-    return sum(nbytes(user.type) for user in users) if all(user.opcode in _SLICES for user in users) else size
+    return (
+        sum(nbytes(user.type) for user in users)
+        if all(user.opcode in _SLICES for user in users)
+        else size
+    )
 
 
 def _written(instruction, body, types, result):
@@ -233,7 +262,11 @@ def _written(instruction, body, types, result):
     root = next((i for i in body if i.is_root), None)
     if root is None:
         return nbytes(result)
-    outputs = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
+    outputs = (
+        [inside[name] for name in root.operands if name in inside]
+        if root.opcode == "tuple"
+        else [root]
+    )
     total = nbytes(result)
     for output in outputs:
         if output.opcode == "dynamic-update-slice":
@@ -273,5 +306,7 @@ def _trip_count(module, loop):
     compares = [i for i in condition if i.opcode == "compare" and "direction=LT" in i.attributes]
     bounds = [i.arguments for i in condition if i.opcode == "constant" and i.arguments.isdigit()]
     if len(compares) != 1 or len(bounds) != 1:
-        raise ValueError(f"loop {loop.name!r} has no trip count that could be read: use a counted loop (fori_loop, scan)")
+        raise ValueError(
+            f"loop {loop.name!r} has no trip count that could be read: use a counted loop (fori_loop, scan)"
+        )
     return int(bounds[0])

@@ -1,6 +1,8 @@
-"""One batch-norm layer of each JAX library as pure functions; the activation and the residual are added as its users do.
+"""One batch-norm layer of each JAX library as pure functions; the activation and the residual are
+added as its users do.
 
-Each function takes a problem and returns a `Layer`.  x arrives as the case says; the output has x's dtype.
+Each function takes a problem and returns a `Layer`.  x arrives as the case says; the output has x's
+dtype.
 """
 
 from collections.abc import Callable
@@ -47,7 +49,9 @@ def _of_linen(norm, problem, then):
     """then: what follows the norm; None if the norm adds the residual itself."""
     axis = problem.case.axis % len(problem.case.shape)
     small = tuple(n if a == axis else 1 for a, n in enumerate(problem.case.shape))
-    variables = norm.init(jax.random.key(0), jnp.zeros(small, problem.dtype), use_running_average=True)
+    variables = norm.init(
+        jax.random.key(0), jnp.zeros(small, problem.dtype), use_running_average=True
+    )
     params, stats = variables["params"], variables["batch_stats"]
 
     def apply(params, stats, x, residual, **options):
@@ -81,7 +85,9 @@ def flax_nnx(problem: Problem) -> Layer:
         return after(problem, y, residual), nnx.split(norm, nnx.Param, nnx.BatchStat)[2]
 
     def evaluate(params, stats, x, residual):
-        return after(problem, nnx.merge(graph, params, stats)(x, use_running_average=True), residual)
+        return after(
+            problem, nnx.merge(graph, params, stats)(x, use_running_average=True), residual
+        )
 
     return Layer(params, stats, train, evaluate)
 
@@ -90,7 +96,13 @@ def haiku(problem: Problem) -> Layer:
     import haiku as hk
 
     def forward(x, residual, is_training):
-        norm = hk.BatchNorm(True, True, MOMENTUM, eps=EPS, data_format="N...C" if problem.case.channels_last else "NC...")
+        norm = hk.BatchNorm(
+            True,
+            True,
+            MOMENTUM,
+            eps=EPS,
+            data_format="N...C" if problem.case.channels_last else "NC...",
+        )
         return after(problem, norm(x, is_training), residual).astype(problem.dtype)
 
     model = hk.without_apply_rng(hk.transform_with_state(forward))
@@ -109,7 +121,12 @@ def equinox(problem: Problem) -> Layer:
     import equinox as eqx
 
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-        problem.case.features, axis_name="batch", eps=EPS, momentum=MOMENTUM, mode="batch", dtype=jnp.float32
+        problem.case.features,
+        axis_name="batch",
+        eps=EPS,
+        momentum=MOMENTUM,
+        mode="batch",
+        dtype=jnp.float32,
     )
     params, static = eqx.partition(norm, eqx.is_inexact_array)
     channels_last = problem.case.channels_last
@@ -118,10 +135,14 @@ def equinox(problem: Problem) -> Layer:
         layer = eqx.combine(params, static)
 
         def example(x, state):
-            y, state = layer(jnp.moveaxis(x, -1, 0) if channels_last else x, state, inference=inference)
+            y, state = layer(
+                jnp.moveaxis(x, -1, 0) if channels_last else x, state, inference=inference
+            )
             return (jnp.moveaxis(y, 0, -1) if channels_last else y).astype(x.dtype), state
 
-        y, state = jax.vmap(example, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        y, state = jax.vmap(example, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+            x, state
+        )
         return after(problem, y, residual), state
 
     return Layer(

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jbn.bench import resnet, timing
 
 
-def measure(*, batch: int, side: int, rounds: int, compiled: bool) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(
+    *, batch: int, side: int, rounds: int, compiled: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(one row for each implementation, the names of those not installed).
 
     Args:
@@ -36,7 +38,9 @@ def measure(*, batch: int, side: int, rounds: int, compiled: bool) -> tuple[list
             facts[name] = fact
     samples = timing.measure(contestants, rounds=rounds, seconds=0)
     reference = samples[contestants[0].name]
-    return [_row(c.name, samples[c.name], reference, facts[c.name](), batch, side) for c in contestants], missing
+    return [
+        _row(c.name, samples[c.name], reference, facts[c.name](), batch, side) for c in contestants
+    ], missing
 
 
 def batch_for(device: Any) -> tuple[int, int]:
@@ -67,7 +71,12 @@ def _jax_step(norm: Callable, images, labels):
 
 def _facts(compiled, losses):
     memory = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    used = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {"peak_GB": used / 1e9, "first_loss": float(losses[0]), "second_loss": float(losses[1])}
 
 

@@ -8,7 +8,9 @@ import torchvision
 from jbn.bench.peers_torch import wait
 
 
-def steps(batch: int, side: int, compiled: bool) -> Iterator[tuple[str, Callable, Callable, Callable]]:
+def steps(
+    batch: int, side: int, compiled: bool
+) -> Iterator[tuple[str, Callable, Callable, Callable]]:
     """(name, run, wait, facts) of each way: eager, and by torch.compile; channels_last, bfloat16 autocast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield ("torchvision eager", *_step(batch, side, device, compiled=False))
@@ -21,7 +23,9 @@ def _step(batch, side, device, *, compiled):
     model = torchvision.models.resnet50(weights=None, zero_init_residual=True)
     model = model.to(device, memory_format=torch.channels_last)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
     images = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
     losses = []

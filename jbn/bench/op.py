@@ -10,7 +10,8 @@ import jax
 from jbn.bench import peers, timing
 from jbn.bench.cases import Problem
 
-# Larger than the last-level cache of any GPU several times over, so that no input is found in it by accident.
+# Larger than the last-level cache of any GPU several times over, so that no input is found in it by
+# accident.
 _GPU_CACHE = 4 * 50 * 2**20
 _CPU_SETS = 4  # in turn, a round each
 REFERENCE = "flax.linen"
@@ -33,10 +34,18 @@ def measure(
     """
     backend = jax.default_backend()
     for problem in problems:
-        input_sets = _CPU_SETS if backend == "cpu" else max(2, min(16, -(-_GPU_CACHE // problem.nbytes)))
+        input_sets = (
+            _CPU_SETS if backend == "cpu" else max(2, min(16, -(-_GPU_CACHE // problem.nbytes)))
+        )
         runs = [_contestant(peer, problem, input_sets, backend) for peer in contestants]
         present = [run for run in runs if run is not None]
-        copy = timing.Contestant("copy", peers.copy(problem, input_sets), jax.block_until_ready, _jax_clock(backend), "copy")
+        copy = timing.Contestant(
+            "copy",
+            peers.copy(problem, input_sets),
+            jax.block_until_ready,
+            _jax_clock(backend),
+            "copy",
+        )
         samples = timing.measure([*present, copy], rounds=rounds, seconds=seconds, limit=limit)
         named = {peer.name: peer for peer in contestants}
         yield [_row(problem, named[run.name], samples) for run in present]
@@ -51,7 +60,9 @@ def _contestant(peer, problem, input_sets, backend):
             return timing.Contestant(peer.name, run, peer.wait)
         from jbn.bench import peers_torch
 
-        return timing.Contestant(peer.name, run, peer.wait, "own", run_many=functools.partial(peers_torch.elapsed, run))
+        return timing.Contestant(
+            peer.name, run, peer.wait, "own", run_many=functools.partial(peers_torch.elapsed, run)
+        )
     return timing.Contestant(peer.name, run, peer.wait, _jax_clock(backend), peers.module(peer))
 
 

@@ -1,7 +1,10 @@
-"""What `python -m jbn.bench device` measures: parts, each a list of items that run one after the other in one process.
+"""What `python -m jbn.bench device` measures: parts, each a list of items that run one after the
+other in one process.
 
-Run as `python -m jbn.bench.parts NAME FIRST FILE`: it runs the items of a part from number FIRST on, and appends to FILE a
-line before each, its rows, and a line after it.  Whoever started it sees which item hangs or takes the process down.
+Run as `python -m jbn.bench.parts NAME FIRST FILE`: it runs the items of a part from number FIRST
+on, and appends to FILE a
+line before each, its rows, and a line after it.  Whoever started it sees which item hangs or takes
+the process down.
 """
 
 import functools
@@ -35,7 +38,11 @@ class Scale(NamedTuple):
     repeats: int  # of the fused kernel's barrier
 
 
-ACCELERATOR = Scale(((401408, 256), (100352, 512), (25088, 1024), (6272, 2048), (401408, 64), (100352, 112)), 7, 1000)
+ACCELERATOR = Scale(
+    ((401408, 256), (100352, 512), (25088, 1024), (6272, 2048), (401408, 64), (100352, 112)),
+    7,
+    1000,
+)
 HOST = Scale(((6272, 64), (1568, 112)), 3, 10)
 
 
@@ -43,7 +50,8 @@ def items(part: str, *, backend: str) -> Iterator[Item]:
     """The items of a part, the most important first.
 
     Args:
-        part: "copy", "xla", "model", "op", or "correctness", "speed", "sweep", "barrier" and a space and an implementation.
+        part: "copy", "xla", "model", "op", or "correctness", "speed", "sweep", "barrier" and a
+            space and an implementation.
         backend: `jax.default_backend()`.
     """
     name, _, implementation = part.partition(" ")
@@ -65,7 +73,11 @@ def names(backend: str) -> list[str]:
     """The parts for a platform, the most important first."""
     kernels = implementations(backend)
     checked = kernels or ["xla"]
-    found = ["copy", *(f"correctness {name}" for name in checked), *(f"speed {name}" for name in ["xla", *kernels])]
+    found = [
+        "copy",
+        *(f"correctness {name}" for name in checked),
+        *(f"speed {name}" for name in ["xla", *kernels]),
+    ]
     found += ["op", "model", "xla"]
     found += [f"barrier {name}" for name in kernels if hasattr(seam.module(name), "fwd_fused")]
     return found + [f"sweep {name}" for name in kernels if name in seam.SWEEPS]
@@ -88,14 +100,22 @@ def _time(name, run, scale):
 def _row(samples, moved, **facts):
     q1, median, q3 = samples.quartiles
     times = {"median_ms": 1e3 * median, "q1_ms": 1e3 * q1, "q3_ms": 1e3 * q3}
-    return {**facts, **times, "GB_per_s": moved / median / 1e9, "clock": samples.clock, "rounds": len(samples.seconds)}
+    return {
+        **facts,
+        **times,
+        "GB_per_s": moved / median / 1e9,
+        "clock": samples.clock,
+        "rounds": len(samples.seconds),
+    }
 
 
 def _copy(scale):
     """What a program reaches that reads an array and writes as much: the roof over everything else."""
     for megabytes in (16, 64, 256, 1024) if scale is ACCELERATOR else (4, 16):
         for dtype in cases.DTYPES:
-            yield Item(f"{megabytes} MB {dtype}", functools.partial(_copy_rows, scale, megabytes, dtype))
+            yield Item(
+                f"{megabytes} MB {dtype}", functools.partial(_copy_rows, scale, megabytes, dtype)
+            )
 
 
 def _copy_rows(scale, megabytes, dtype):
@@ -132,8 +152,18 @@ def _correctness(scale, implementation):
         for dtype in cases.DTYPES:
             for name in seam.PASSES:
                 for with_residual in (False, True) if name != "fwd_stats" else (False,):
-                    run = functools.partial(_check, implementation, name, max(63, rows // 10), channels, dtype, with_residual)
-                    yield Item(f"{name} {rows}x{channels} {dtype}{' +residual' * with_residual}", run)
+                    run = functools.partial(
+                        _check,
+                        implementation,
+                        name,
+                        max(63, rows // 10),
+                        channels,
+                        dtype,
+                        with_residual,
+                    )
+                    yield Item(
+                        f"{name} {rows}x{channels} {dtype}{' +residual' * with_residual}", run
+                    )
 
 
 def _check(implementation, name, rows, channels, dtype, with_residual):
@@ -150,17 +180,27 @@ def _speed(scale, implementation):
     for rows, channels in scale.shapes:
         for dtype in reversed(cases.DTYPES):
             for name in seam.PASSES:
-                run = functools.partial(_speed_rows, scale, implementation, name, rows, channels, dtype)
+                run = functools.partial(
+                    _speed_rows, scale, implementation, name, rows, channels, dtype
+                )
                 yield Item(f"{name} {rows}x{channels} {dtype}", run)
 
 
 def _speed_rows(scale, implementation, name, rows, channels, dtype, **facts):
     # Several sets, so that none is found in the cache.
-    sets = [seam.inputs(rows, channels, dtype, with_residual=False) for _ in range(1 if scale is HOST else 4)]
+    sets = [
+        seam.inputs(rows, channels, dtype, with_residual=False)
+        for _ in range(1 if scale is HOST else 4)
+    ]
     fn = seam.function(implementation, name)
     compiled = jax.jit(fn)
     samples = _time(fn.__name__, lambda i: compiled(sets[i % len(sets)]), scale)
-    facts = {"case": f"{name} {rows}x{channels}", "dtype": dtype, "implementation": implementation, **facts}
+    facts = {
+        "case": f"{name} {rows}x{channels}",
+        "dtype": dtype,
+        "implementation": implementation,
+        **facts,
+    }
     return [_row(samples, seam.PASSES[name] * sets[0].x.nbytes, **facts)]
 
 
@@ -171,7 +211,17 @@ def _sweep(scale, implementation):
         for value in values:
             for rows, channels in (scale.shapes[0], scale.shapes[3]):
                 for name in seam.PASSES:
-                    run = functools.partial(_sweep_rows, scale, implementation, name, rows, channels, where, constant, value)
+                    run = functools.partial(
+                        _sweep_rows,
+                        scale,
+                        implementation,
+                        name,
+                        rows,
+                        channels,
+                        where,
+                        constant,
+                        value,
+                    )
                     yield Item(f"{constant} {value} {name} {rows}x{channels}", run)
 
 
@@ -179,9 +229,20 @@ def _sweep_rows(scale, implementation, name, rows, channels, where, constant, va
     blocks = importlib.import_module(where)
     before = getattr(blocks, constant, None)
     if constant:
-        setattr(blocks, constant, value)  # read when the kernel is traced; nobody else is in this process
+        setattr(
+            blocks, constant, value
+        )  # read when the kernel is traced; nobody else is in this process
     try:
-        return _speed_rows(scale, implementation, name, rows, channels, "bfloat16", constant=constant, value=str(value))
+        return _speed_rows(
+            scale,
+            implementation,
+            name,
+            rows,
+            channels,
+            "bfloat16",
+            constant=constant,
+            value=str(value),
+        )
     finally:
         if constant:
             setattr(blocks, constant, before)
@@ -203,25 +264,41 @@ def _barrier_rows(scale, implementation):
     first = np.asarray(run(0)[0])
     different = sum(not np.array_equal(np.asarray(run(0)[0]), first) for _ in range(scale.repeats))
     return [
-        {"case": f"fused {rows}x{channels}", "implementation": implementation, "repeats": scale.repeats, "ok": different == 0}
+        {
+            "case": f"fused {rows}x{channels}",
+            "implementation": implementation,
+            "repeats": scale.repeats,
+            "ok": different == 0,
+        }
     ]
 
 
 def _op(scale):
     """Whole layers against every peer."""
     problems = cases.problems(128) if scale is ACCELERATOR else cases.quick()[:2]
-    wanted = [p for p in problems if p.operation != "bn" and p.mode != "forward"] if scale is ACCELERATOR else problems
+    wanted = (
+        [p for p in problems if p.operation != "bn" and p.mode != "forward"]
+        if scale is ACCELERATOR
+        else problems
+    )
     contestants, _ = peers.find(jax.default_backend(), compiled=scale is ACCELERATOR)
     # bfloat16 and training first: what is left out when the time is up is what matters least.
     for problem in sorted(wanted, key=lambda p: (p.dtype, p.mode != "forward_backward")):
-        measure = functools.partial(op.measure, [problem], contestants, rounds=scale.rounds, seconds=0.002)
-        yield Item(f"{problem.name} {problem.mode} {problem.dtype}", lambda measure=measure: next(measure()))
+        measure = functools.partial(
+            op.measure, [problem], contestants, rounds=scale.rounds, seconds=0.002
+        )
+        yield Item(
+            f"{problem.name} {problem.mode} {problem.dtype}",
+            lambda measure=measure: next(measure()),
+        )
 
 
 def _model(scale):
     """A ResNet-50 train step."""
     batch, side = model.batch_for(jax.devices()[0])
-    measure = functools.partial(model.measure, batch=batch, side=side, rounds=scale.rounds, compiled=scale is ACCELERATOR)
+    measure = functools.partial(
+        model.measure, batch=batch, side=side, rounds=scale.rounds, compiled=scale is ACCELERATOR
+    )
     yield Item(f"{batch}x{side}x{side}", lambda: measure()[0])
 
 

@@ -16,7 +16,8 @@ from jbn.core.dispatch import PLATFORMS
 class Peer(NamedTuple):
     """One way to run a problem.
 
-    build(problem, input_sets) returns run(i), which starts the computation on input set i and returns what `wait` waits
+    build(problem, input_sets) returns run(i), which starts the computation on input set i and
+    returns what `wait` waits
     for, or None where the library has no such layout.  What run returns begins with y.
     """
 
@@ -31,13 +32,17 @@ class Peer(NamedTuple):
 
 
 def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]:
-    """Every peer that can run here, flax.linen first, and the names of those that are not installed.
+    """Every peer that can run here, flax.linen first, and the names of those that are not
+    installed.
 
     Args:
         backend: `jax.default_backend()`.
         compiled: whether to include torch.compile, which takes some seconds for each problem.
     """
-    peers = [jax_peer("flax.linen", "", layers.flax_linen), jax_peer("flax.nnx", "", layers.flax_nnx)]
+    peers = [
+        jax_peer("flax.linen", "", layers.flax_linen),
+        jax_peer("flax.nnx", "", layers.flax_nnx),
+    ]
     for name in _implementations(backend):
         layer = functools.partial(layers.jbn_linen, implementation=name)
         peers.append(jax_peer("jbn", name or "default", layer))
@@ -50,7 +55,10 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
     if importlib.util.find_spec("torch"):
         from jbn.bench import peers_torch
 
-        peers += [Peer("torch", name, build, peers_torch.wait) for name, build in peers_torch.builders(backend, compiled)]
+        peers += [
+            Peer("torch", name, build, peers_torch.wait)
+            for name, build in peers_torch.builders(backend, compiled)
+        ]
     else:
         missing.append("torch")
     return peers, missing
@@ -68,7 +76,8 @@ def copy(problem: Problem, input_sets: int) -> Callable[[int], Any]:
 
 @functools.lru_cache(maxsize=1)
 def arrays(problem: Problem, input_sets: int) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """(x, residual, dy) of each input set, the same values in all; x is drawn from N(0.5, 2), the others from N(0, 1).
+    """(x, residual, dy) of each input set, the same values in all; x is drawn from N(0.5, 2), the
+    others from N(0, 1).
 
     The same arrays for every peer of a problem: where in memory they lie is worth 20 % on CPU.
     """
@@ -106,10 +115,14 @@ def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
         y, dy = jax.lax.optimization_barrier((y, dy))
         return y, new_stats, vjp(dy)
 
-    return {"forward": forward, "eval": evaluate, "forward_backward": forward_backward}[problem.mode]
+    return {"forward": forward, "eval": evaluate, "forward_backward": forward_backward}[
+        problem.mode
+    ]
 
 
-def jax_peer(library: str, implementation: str, make_layer: Callable[[Problem], layers.Layer]) -> Peer:
+def jax_peer(
+    library: str, implementation: str, make_layer: Callable[[Problem], layers.Layer]
+) -> Peer:
     """The peer that runs a layer under jit."""
 
     def build(problem, input_sets):

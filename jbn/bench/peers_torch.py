@@ -48,9 +48,18 @@ def _builder(device, *, channels_last, compiled=False):
             return None  # there is only one layout
         dtype = getattr(torch, problem.dtype)
         first = _inputs(problem, device, dtype, channels_last)
-        inputs = [[a.detach().clone().requires_grad_(a.requires_grad) for a in first] for _ in range(input_sets)]
-        weight, bias = torch.ones(problem.case.features, device=device), torch.zeros(problem.case.features, device=device)
-        stats = torch.zeros(problem.case.features, device=device), torch.ones(problem.case.features, device=device)
+        inputs = [
+            [a.detach().clone().requires_grad_(a.requires_grad) for a in first]
+            for _ in range(input_sets)
+        ]
+        weight, bias = (
+            torch.ones(problem.case.features, device=device),
+            torch.zeros(problem.case.features, device=device),
+        )
+        stats = (
+            torch.zeros(problem.case.features, device=device),
+            torch.ones(problem.case.features, device=device),
+        )
         step = function(problem)
         step = torch.compile(step) if compiled else step
         if problem.mode == "forward_backward":
@@ -89,7 +98,9 @@ def _inputs(problem, device, dtype, channels_last):
     if problem.case.channels_last and len(shape) > 2:
         shape = (shape[0], shape[-1], *shape[1:-1])
     generator = torch.Generator(device).manual_seed(0)
-    x, residual, dy = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    x, residual, dy = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3)
+    )
     x = x * 2 + 0.5
     if channels_last and len(shape) == 4:
         x, residual, dy = (a.to(memory_format=torch.channels_last) for a in (x, residual, dy))

@@ -16,7 +16,9 @@ JBN, ROOF = "#c44e52", "#4c72b0"
 def figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Any]:
     """Axes whose picture is saved to path when the block ends."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a picture needs matplotlib, which is not installed: pip install 'jbn[bench]'")
+        raise ImportError(
+            "a picture needs matplotlib, which is not installed: pip install 'jbn[bench]'"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,15 +37,33 @@ def plot_ratios(path: str | os.PathLike, rows: Sequence[Row], title: str) -> Non
     with figure(path, 9, 1.2 + len(groups) * (0.25 + 0.17 * len(peers))) as axes:
         height = 0.8 / max(1, len(peers))
         for index, peer in enumerate(peers):
-            bars = [(i + index * height, found[group, peer]) for i, group in enumerate(groups) if (group, peer) in found]
-            color = JBN if peer.startswith("jbn") else f"{0.45 + 0.4 * index / max(1, len(peers)):.2f}"
+            bars = [
+                (i + index * height, found[group, peer])
+                for i, group in enumerate(groups)
+                if (group, peer) in found
+            ]
+            color = (
+                JBN if peer.startswith("jbn") else f"{0.45 + 0.4 * index / max(1, len(peers)):.2f}"
+            )
             values = [row["ratio_vs_flax"] for _, row in bars]
-            drawn = axes.barh([y for y, _ in bars], [min(v, CUT) for v in values], height * 0.9, color=color, label=peer)
+            drawn = axes.barh(
+                [y for y, _ in bars],
+                [min(v, CUT) for v in values],
+                height * 0.9,
+                color=color,
+                label=peer,
+            )
             axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=2, fontsize=7)
         for i, group in enumerate(groups):
             row = next(row for row in rows if _group(row) == group)
             roofline = row["ratio_vs_flax"] / row["times_roofline"]
-            axes.vlines(roofline, i - 0.5 * height, i + 0.8 - 0.5 * height, ROOF, label=None if i else "copy roofline")
+            axes.vlines(
+                roofline,
+                i - 0.5 * height,
+                i + 0.8 - 0.5 * height,
+                ROOF,
+                label=None if i else "copy roofline",
+            )
         axes.axvline(1, color="black", linewidth=1, label="flax.linen")
         axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], groups, fontsize=8)
         axes.invert_yaxis()
@@ -59,12 +79,20 @@ def plot_traffic(path: str | os.PathLike, rows: Sequence[Row], title: str) -> No
     groups = list(dict.fromkeys(map(group, rows)))
     with figure(path, 8, 1.2 + 0.55 * len(groups)) as axes:
         for index, (peer, color) in enumerate({"flax.linen": "0.6", "jbn": JBN}.items()):
-            bars = [(groups.index(group(row)) + 0.4 * index, row["moved_T"]) for row in rows if row["peer"] == peer]
-            drawn = axes.barh([y for y, _ in bars], [value for _, value in bars], 0.36, color=color, label=peer)
+            bars = [
+                (groups.index(group(row)) + 0.4 * index, row["moved_T"])
+                for row in rows
+                if row["peer"] == peer
+            ]
+            drawn = axes.barh(
+                [y for y, _ in bars], [value for _, value in bars], 0.36, color=color, label=peer
+            )
             axes.bar_label(drawn, [f"{value:.1f}" for _, value in bars], padding=2, fontsize=7)
         for i, name in enumerate(groups):
             bound = next(row["bound_T"] for row in rows if group(row) == name)
-            axes.vlines(bound, i - 0.2, i + 0.6, ROOF, label=None if i else "fewest passes over memory")
+            axes.vlines(
+                bound, i - 0.2, i + 0.6, ROOF, label=None if i else "fewest passes over memory"
+            )
         axes.set_yticks([i + 0.2 for i in range(len(groups))], groups, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("bytes moved / bytes of x (less is better)")
@@ -75,7 +103,9 @@ def plot_traffic(path: str | os.PathLike, rows: Sequence[Row], title: str) -> No
 def plot_bandwidth(path: str | os.PathLike, rows: Sequence[Row], title: str) -> None:
     """GB/s of each kernel on each shape, beside XLA's; the best copy is the line."""
     copies = [row["GB_per_s"] for row in rows if row.get("part") == "copy" and "GB_per_s" in row]
-    rows = [row for row in rows if str(row.get("part", "")).startswith("speed") and "GB_per_s" in row]
+    rows = [
+        row for row in rows if str(row.get("part", "")).startswith("speed") and "GB_per_s" in row
+    ]
     group = lambda row: f"{row['case']} {row['dtype']}"
     groups = list(dict.fromkeys(map(group, rows)))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -83,10 +113,18 @@ def plot_bandwidth(path: str | os.PathLike, rows: Sequence[Row], title: str) -> 
         height = 0.8 / max(1, len(names))
         for index, name in enumerate(names):
             bars = [
-                (groups.index(group(row)) + index * height, row["GB_per_s"]) for row in rows if row["implementation"] == name
+                (groups.index(group(row)) + index * height, row["GB_per_s"])
+                for row in rows
+                if row["implementation"] == name
             ]
             color = "0.6" if name == "xla" else (JBN, "#dd8452", "#8172b3")[index % 3]
-            axes.barh([y for y, _ in bars], [value for _, value in bars], 0.9 * height, color=color, label=name)
+            axes.barh(
+                [y for y, _ in bars],
+                [value for _, value in bars],
+                0.9 * height,
+                color=color,
+                label=name,
+            )
         if copies:
             axes.axvline(max(copies), color=ROOF, label="copy")
         axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], groups, fontsize=6)

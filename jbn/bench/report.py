@@ -37,8 +37,14 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     lines = []
     previous = None
     for line in [list(columns), *cells]:
-        shown = ["" if previous and i == 0 and line[0] == previous[0] else cell for i, cell in enumerate(line)]
-        aligned = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(shown, widths, right, strict=True)]
+        shown = [
+            "" if previous and i == 0 and line[0] == previous[0] else cell
+            for i, cell in enumerate(line)
+        ]
+        aligned = [
+            cell.rjust(w) if r else cell.ljust(w)
+            for cell, w, r in zip(shown, widths, right, strict=True)
+        ]
         lines.append("  ".join(aligned).rstrip())
         previous = line
     return "\n".join(lines)
@@ -46,7 +52,11 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """The same as a Markdown table."""
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_cell(row.get(column, "")) for column in columns] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -38,7 +38,8 @@ class Bottleneck(nn.Module):
         y = self.conv(4 * self.filters, (1, 1))(y)
         if x.shape != y.shape:
             x = self.norm()(self.conv(4 * self.filters, (1, 1), strides=self.stride)(x))
-        # The last scale of a block starts at zero, so that the block starts as the identity (Goyal et al. 2017).
+        # The last scale of a block starts at zero, so that the block starts as the identity (Goyal
+        # et al. 2017).
         return self.norm(activation=relu, scale_init=nn.initializers.zeros)(y, residual=x)
 
 
@@ -53,7 +54,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        norm = functools.partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        norm = functools.partial(
+            self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype
+        )
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         x = conv(self.width, (7, 7), strides=2, padding=3)(images.astype(self.dtype))
         x = nn.max_pool(norm(activation=nn.relu)(x), (3, 3), strides=(2, 2), padding="SAME")
@@ -70,12 +73,15 @@ def norms() -> dict[str, Callable]:
 
 
 def training(norm: Callable, **options: Any) -> tuple[Callable, Callable]:
-    """(init(key, images) -> train state, step(train state, images, labels) -> (train state, loss)), not jitted.
+    """(init(key, images) -> train state, step(train state, images, labels) -> (train state, loss)),
+    not jitted.
 
     SGD with Nesterov momentum and weight decay, as the reference recipe for ImageNet.
     """
     model = ResNet(norm, **options)
-    optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9, nesterov=True))
+    optimizer = optax.chain(
+        optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9, nesterov=True)
+    )
 
     def init(key, images):
         variables = model.init(key, images, train=True)
@@ -87,7 +93,9 @@ def training(norm: Callable, **options: Any) -> tuple[Callable, Callable]:
         def loss_of(params):
             variables = {"params": params, "batch_stats": stats}
             logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
+                "batch_stats"
+            ]
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, moments = optimizer.update(grads, moments, params)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, StatsGradient
 
-# Passes over x that each function cannot do without; one more with a residual, or with the y that stands for it.
+# Passes over x that each function cannot do without; one more with a residual, or with the y that
+# stands for it.
 PASSES = {"fwd_stats": 1, "fwd_apply": 2, "bwd_stats": 2, "bwd_apply": 3}
 AXIS = (1,)
 
@@ -48,7 +49,7 @@ class Inputs(NamedTuple):
     residual: Array | None
     y: Array | None  # with a residual, the saved output
     affine: Affine
-    pull: Pull
+    stats_gradient: StatsGradient
 
 
 def module(implementation: str) -> Any:
@@ -66,12 +67,12 @@ def inputs(rows: int, channels: int, dtype: str, *, with_residual: bool) -> Inpu
     residual = residual.astype(dtype) if with_residual else None
     gain, bias = (jax.random.uniform(k, (channels,), minval=0.5, maxval=1.5) for k in keys[3:])
     full = jnp.full((channels,), 1.0)
-    affine = Affine(full * 2.9, full * 0.1, gain, bias - 1)
+    affine = Affine(full * 2.9, gain, bias - 1 - 0.1 * gain)
     z = (x.astype(jnp.float32) - 3.0) * affine.gain[None] + affine.bias[None]
     z = z if residual is None else z + residual.astype(jnp.float32)
     dy = jnp.where(jnp.abs(z) < 1e-3, 0, dy).astype(dtype)
     y = None if residual is None else jax.nn.relu(z).astype(dtype)
-    return Inputs(x, dy, residual, y, affine, Pull(full * 0.01, full * -0.02))
+    return Inputs(x, dy, residual, y, affine, StatsGradient(full * 0.01, full * -0.02))
 
 
 def function(implementation: str, name: str) -> Callable[[Inputs], Any]:
@@ -80,16 +81,20 @@ def function(implementation: str, name: str) -> Callable[[Inputs], Any]:
     extra = {} if implementation == "xla" else {"interpret": False}
 
     def run(inputs: Inputs):
-        x, dy, residual, y, affine, pull = inputs
+        x, dy, residual, y, affine, stats_gradient = inputs
         if name == "fwd_stats":
             return fn(x, affine.shift, None, axis=AXIS, **extra)
         if name == "fwd_apply":
-            return fn(x, affine, residual, axis=AXIS, activation=jax.nn.relu, dtype=x.dtype, **extra)
+            return fn(
+                x, affine, residual, axis=AXIS, activation=jax.nn.relu, dtype=x.dtype, **extra
+            )
         backward = {"saved": y, "weights": None, "axis": AXIS, "activation": jax.nn.relu, **extra}
         if name == "bwd_stats":
             return fn(x, dy, affine, **backward)
         residual_dtype = None if residual is None else residual.dtype
-        return fn(x, dy, affine, pull=pull, residual_dtype=residual_dtype, **backward)
+        return fn(
+            x, dy, affine, stats_gradient=stats_gradient, residual_dtype=residual_dtype, **backward
+        )
 
     run.__name__ = run.__qualname__ = f"{name}_{implementation}"
     return run
@@ -97,9 +102,11 @@ def function(implementation: str, name: str) -> Callable[[Inputs], Any]:
 
 def error(name: str, inputs: Inputs, result: Any) -> float:
     """The largest error against float64, over the size of what is compared: below `tolerance` if the function is right."""
-    x, dy, residual, y, affine, pull = (jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in inputs)
-    shift, offset, gain, bias = affine
-    xc = x - shift - offset
+    x, dy, residual, y, affine, stats_gradient = (
+        jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in inputs
+    )
+    shift, gain, bias = affine
+    xc = x - shift
     if name == "fwd_stats":
         _, got_shift, got_offset, got_m2 = (np.asarray(a, np.float64) for a in result)
         mean = x.mean(0)
@@ -113,9 +120,11 @@ def error(name: str, inputs: Inputs, result: Any) -> float:
         sums = zip(result, (dz, dz * xc), strict=True)
         return max(_worst(got, terms.sum(0), np.abs(terms).sum(0) + 1) for got, terms in sums)
     dx, dresidual = result
-    expected = gain * dz + pull.intercept + pull.slope * xc
+    expected = gain * dz + stats_gradient.intercept + stats_gradient.slope * xc
     worst = _worst(dx, expected, np.maximum(np.abs(expected), 1))
-    return worst if residual is None else max(worst, _worst(dresidual, dz, np.maximum(np.abs(dz), 1)))
+    return (
+        worst if residual is None else max(worst, _worst(dresidual, dz, np.maximum(np.abs(dz), 1)))
+    )
 
 
 def tolerance(name: str, dtype: str) -> float:

@@ -23,7 +23,8 @@ def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> ja
     """Compile `fn(*args)` for one device of a target.
 
     Args:
-        target: "cpu", "h200", "a100", "v4", "v5e", "v5p", "v6e", or a TPU topology such as "v5e:16x16".
+        target: "cpu", "h200", "a100", "v4", "v5e", "v5p", "v6e", or a TPU topology such as
+            "v5e:16x16".
         fn: the function.
         args: pytrees of arrays or `jax.ShapeDtypeStruct`; one that carries a sharding keeps it.
         jit_options: as `jax.jit` takes them.
@@ -31,11 +32,16 @@ def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> ja
     Raises:
         ValueError: an unknown target.
         ImportError: the wheels that hold the target's compiler are not installed.
-        RuntimeError: the CUDA plugin did not start, as it does not without a GPU unless JAX_PLATFORMS is cpu.
+        RuntimeError: the CUDA plugin did not start, as it does not without a GPU unless
+            JAX_PLATFORMS is cpu.
     """
     device = devices(target)[0]
     args = jax.tree.map(lambda leaf: _placed(leaf, device), args)
-    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(args) if isinstance(leaf.sharding, NamedSharding)]
+    meshes = [
+        leaf.sharding.mesh
+        for leaf in jax.tree.leaves(args)
+        if isinstance(leaf.sharding, NamedSharding)
+    ]
     mesh = meshes[0] if meshes else Mesh(np.array([device]), ("device",))
     # Pallas asks the mesh for the kind of device while it lowers.
     with use_abstract_mesh(mesh.abstract_mesh):
@@ -58,11 +64,16 @@ def devices(target: str) -> tuple[Any, ...]:
         try:
             return tuple(topologies.get_topology_desc(platform="cuda", **options).devices)
         except NotImplementedError as error:
-            # Without a GPU the plugin looks for CUDA libraries and gives up, unless JAX is told not to want one.
+            # Without a GPU the plugin looks for CUDA libraries and gives up, unless JAX is told not
+            # to want one.
             mend = "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') before anything runs"
-            raise RuntimeError(f"target {target!r}: the CUDA plugin did not start; {mend}") from error
+            raise RuntimeError(
+                f"target {target!r}: the CUDA plugin did not start; {mend}"
+            ) from error
     if target.partition(":")[0] not in _TPUS:
-        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'")
+        raise ValueError(
+            f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'"
+        )
     _need("libtpu", target, "the TPU compiler")
     # Without it libtpu waits for the metadata server of a Google Cloud machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -77,15 +88,22 @@ def available(target: str) -> bool:
 
 def _need(module, target, what):
     if not _installed(module):
-        raise ImportError(f"target {target!r} needs {what}, which is not installed: pip install 'jbn[aot]'")
+        raise ImportError(
+            f"target {target!r} needs {what}, which is not installed: pip install 'jbn[aot]'"
+        )
 
 
 def _installed(module):
     parent = module.partition(".")[0]
-    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
+    return (
+        importlib.util.find_spec(parent) is not None
+        and importlib.util.find_spec(module) is not None
+    )
 
 
 def _placed(leaf, device):
     sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
     leaf = leaf if hasattr(leaf, "shape") else jax.numpy.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or SingleDeviceSharding(device))
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding or SingleDeviceSharding(device)
+    )

@@ -22,7 +22,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 class Contestant(NamedTuple):
     """run(i) starts the computation on input set i; wait(result) returns when it has ended.
 
-    clock: "host", or "profile" (device time of the module jit_<module>, by JAX's profiler), or "own" (run_many measures).
+    clock: "host", or "profile" (device time of the module jit_<module>, by JAX's profiler), or
+        "own" (run_many measures).
     """
 
     name: str
@@ -49,21 +50,30 @@ class Samples(NamedTuple):
 
 
 def keep_memory() -> bool:
-    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc. Call it before JAX starts.
+    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc. Call
+    it before JAX starts.
 
-    By default it returns large arrays to the system, depending on what lies beside them, and the next call pays for zeroed
-    pages: a factor of up to 2, other in each process, that is nobody's merit.  The memory of threads of their own it returns
+    By default it returns large arrays to the system, depending on what lies beside them, and the
+    next call pays for zeroed
+    pages: a factor of up to 2, other in each process, that is nobody's merit.  The memory of
+        threads of their own it returns
     in any case, so all share one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
+    return mallopt is not None and all(
+        [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)]
+    )
 
 
-def measure(contestants: Sequence[Contestant], *, rounds: int, seconds: float, limit: float = math.inf) -> dict[str, Samples]:
+def measure(
+    contestants: Sequence[Contestant], *, rounds: int, seconds: float, limit: float = math.inf
+) -> dict[str, Samples]:
     """Samples of each contestant by name.
 
-    In each round everybody runs once, in an order drawn anew: what slows the machine for a while, or whoever comes after a
-    certain other, slows them all alike.  On the host all calls of a round read one input set, which the next round does not,
+    In each round everybody runs once, in an order drawn anew: what slows the machine for a while,
+        or whoever comes after a
+    certain other, slows them all alike.  On the host all calls of a round read one input set, which
+    the next round does not,
     and results lie elsewhere in memory: where is worth 20 %, and other in each process.
 
     Args:
@@ -102,7 +112,8 @@ def ratio(samples: Samples, reference: Samples) -> float:
 
 
 def module_seconds(profile: Any, *, plane: str = "/device:") -> dict[str, list[float]]:
-    """Device seconds of every event of every compiled module, in order of time, from a `jax.profiler.ProfileData`.
+    """Device seconds of every event of every compiled module, in order of time, from a
+    `jax.profiler.ProfileData`.
 
     A TPU notes whole modules; a GPU notes kernels, on the lines of its streams.
     """
@@ -112,13 +123,24 @@ def module_seconds(profile: Any, *, plane: str = "/device:") -> dict[str, list[f
             continue
         names = {line.name for line in device.lines}
         is_whole = "XLA Modules" in names
-        # Of a GPU's lines only the streams: the others repeat them. Of the host's only XLA's threads.
-        wanted = {"XLA Modules"} if is_whole else {name for name in names if name.startswith(("Stream", "tf_XLA"))}
+        # Of a GPU's lines only the streams: the others repeat them. Of the host's only XLA's
+        # threads.
+        wanted = (
+            {"XLA Modules"}
+            if is_whole
+            else {name for name in names if name.startswith(("Stream", "tf_XLA"))}
+        )
         for line in device.lines:
             for event in line.events if line.name in wanted else ():
-                module = event.name.partition("(")[0] if is_whole else dict(event.stats).get("hlo_module")
+                module = (
+                    event.name.partition("(")[0]
+                    if is_whole
+                    else dict(event.stats).get("hlo_module")
+                )
                 if module is not None:
-                    found.setdefault(str(module), []).append((event.start_ns, event.duration_ns / 1e9))
+                    found.setdefault(str(module), []).append(
+                        (event.start_ns, event.duration_ns / 1e9)
+                    )
     return {module: [seconds for _, seconds in sorted(events)] for module, events in found.items()}
 
 
@@ -132,7 +154,8 @@ def _calibrate(contestant, seconds):
 
 
 def _one(contestant, calls, done):
-    # The first is not timed: whoever ran before has left its data in the caches, and its threads spinning.
+    # The first is not timed: whoever ran before has left its data in the caches, and its threads
+    # spinning.
     contestant.wait(contestant.run(done))
     if contestant.run_many is not None:
         return contestant.run_many(calls)

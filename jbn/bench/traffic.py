@@ -32,9 +32,19 @@ def layer_rows(
                 reference = reference or row
                 bound, on_chip = problem.passes
                 yield {
-                    **{"target": target, "case": problem.name, "mode": mode, "dtype": problem.dtype, "peer": library},
+                    **{
+                        "target": target,
+                        "case": problem.name,
+                        "mode": mode,
+                        "dtype": problem.dtype,
+                        "peer": library,
+                    },
                     **row,
-                    **{"bound_T": bound, "bound_on_chip_T": on_chip, "ratio_vs_flax": row["moved_T"] / reference["moved_T"]},
+                    **{
+                        "bound_T": bound,
+                        "bound_on_chip_T": on_chip,
+                        "ratio_vs_flax": row["moved_T"] / reference["moved_T"],
+                    },
                 }
 
 
@@ -102,7 +112,9 @@ def summary(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def saved_bytes(fn: Callable, *args: Any) -> int:
     """What fn's derivative keeps for the backward pass, its arguments included where they are kept."""
-    residuals = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args, has_aux=True)[1]))(*args)
+    residuals = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args, has_aux=True)[1]))(
+        *args
+    )
     kept = {id(var): var.aval for var in residuals.jaxpr.outvars}
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in kept.values())
 

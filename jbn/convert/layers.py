@@ -11,7 +11,8 @@ What differs between them, and is taken care of here (`options` names it per lay
     Keras     the old value     biased            1e-3          gamma, beta, moving_mean, moving_variance
     (* n / (n - 1) with unbiased=True)
 
-Arrays keep their dtype.  Where the target holds less than the source (no batch count in Flax and Keras), what is lost is
+Arrays keep their dtype.  Where the target holds less than the source (no batch count in Flax and
+Keras), what is lost is
 said in its docstring.  Only the functions that build another library's objects import that library.
 """
 
@@ -29,11 +30,13 @@ _EXTRA = {"torch": "install torch", "equinox": "pip install 'jbn[peers]'"}
 
 
 def options(layer: Any) -> dict[str, Any]:
-    """The keyword arguments of `jbn.batch_norm_train` with which training goes on as in another library's layer.
+    """The keyword arguments of `jbn.batch_norm_train` with which training goes on as in another
+    library's layer.
 
     Args:
-        layer: a batch norm of torch.nn, flax.linen, flax.nnx, jbn, haiku, equinox or keras. For those that debias (haiku,
-            equinox), pass the `momentum` found here through `debiased_momentum`.
+        layer: a batch norm of torch.nn, flax.linen, flax.nnx, jbn, haiku, equinox or keras. For
+            those that debias (haiku, equinox), pass the `momentum` found here through
+            `debiased_momentum`.
 
     Returns:
         axis, momentum, eps, unbiased; drop momentum and unbiased for `jbn.batch_norm_eval`.
@@ -47,13 +50,28 @@ def options(layer: Any) -> dict[str, Any]:
         return {"axis": 1, "momentum": momentum, "eps": layer.eps, "unbiased": True}
     if library in ("flax", "jbn") and hasattr(layer, "epsilon"):
         unbiased = getattr(layer, "unbiased", False)
-        return {"axis": layer.axis, "momentum": layer.momentum, "eps": layer.epsilon, "unbiased": unbiased}
+        return {
+            "axis": layer.axis,
+            "momentum": layer.momentum,
+            "eps": layer.epsilon,
+            "unbiased": unbiased,
+        }
     if library == "haiku":
-        return {"axis": layer.channel_index, "momentum": layer.mean_ema.decay, "eps": layer.eps, "unbiased": False}
+        return {
+            "axis": layer.channel_index,
+            "momentum": layer.mean_ema.decay,
+            "eps": layer.eps,
+            "unbiased": False,
+        }
     if library == "equinox":  # x [batch, channels, ...] outside its vmap
         return {"axis": 1, "momentum": layer.momentum, "eps": layer.eps, "unbiased": False}
     if library == "keras":
-        return {"axis": layer.axis, "momentum": layer.momentum, "eps": layer.epsilon, "unbiased": False}
+        return {
+            "axis": layer.axis,
+            "momentum": layer.momentum,
+            "eps": layer.epsilon,
+            "unbiased": False,
+        }
     raise TypeError(
         f"layer is a {type(layer).__module__}.{type(layer).__name__}, expected a batch norm of torch.nn, flax, "
         "jbn, haiku, equinox or keras"
@@ -61,12 +79,14 @@ def options(layer: Any) -> dict[str, Any]:
 
 
 def debiased_momentum(momentum: float, count: Array) -> Array:
-    """The momentum of one step with which a debiased average, as in Haiku and Equinox, goes on from `count` batches.
+    """The momentum of one step with which a debiased average, as in Haiku and Equinox, goes on from
+    `count` batches.
 
         momentum * (1 - momentum^count) / (1 - momentum^(count + 1))
 
-    It is 0 for the first batch and rises to `momentum`.  Without it, training that goes on after a conversion at batch
-    10 (momentum 0.99) gives the next batch 1 % of the weight where these libraries give it 9.6 %.
+    It is 0 for the first batch and rises to `momentum`.  Without it, training that goes on after a
+    conversion at batch 10 (momentum 0.99) gives the next batch 1 % of the weight where these
+    libraries give it 9.6 %.
 
     Args:
         momentum: of the layer, in [0, 1).
@@ -92,9 +112,15 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params,
     Raises:
         ValueError: no running statistics under the prefix (track_running_stats=False has none).
     """
-    found = {name: to_array(state_dict[prefix + name]) for name in _TORCH_NAMES if prefix + name in state_dict}
+    found = {
+        name: to_array(state_dict[prefix + name])
+        for name in _TORCH_NAMES
+        if prefix + name in state_dict
+    }
     if "running_mean" not in found or "running_var" not in found:
-        raise ValueError(f"state_dict has no {prefix}running_mean and running_var, expected those of a tracking batch norm")
+        raise ValueError(
+            f"state_dict has no {prefix}running_mean and running_var, expected those of a tracking batch norm"
+        )
     count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
     state = State(found["running_mean"], found["running_var"], count.astype(jnp.int32))
     return Params(found.get("weight"), found.get("bias")), state
@@ -121,11 +147,15 @@ def to_torch(params: Params, state: State, prefix: str = "") -> dict[str, Any]:
     values = (*params, state.mean, state.var)
 
     def tensor(value):
-        if value.dtype == jnp.bfloat16:  # which NumPy has only through ml_dtypes, and torch does not read
+        if (
+            value.dtype == jnp.bfloat16
+        ):  # which NumPy has only through ml_dtypes, and torch does not read
             return torch.from_numpy(np.array(value, np.float32)).to(torch.bfloat16)
         return torch.from_numpy(np.array(value))
 
-    named = {prefix + n: tensor(v) for n, v in zip(_TORCH_NAMES, values, strict=False) if v is not None}
+    named = {
+        prefix + n: tensor(v) for n, v in zip(_TORCH_NAMES, values, strict=False) if v is not None
+    }
     return {**named, prefix + "num_batches_tracked": torch.tensor(int(state.count))}
 
 
@@ -142,7 +172,10 @@ def from_linen(variables: Mapping[str, Any], *, count: int = 0) -> tuple[Params,
 def to_linen(params: Params, state: State) -> dict[str, dict[str, Array]]:
     """The variables of a linen BatchNorm; the count is lost."""
     learned = {name: value for name, value in params._asdict().items() if value is not None}
-    return {**({"params": learned} if learned else {}), "batch_stats": {"mean": state.mean, "var": state.var}}
+    return {
+        **({"params": learned} if learned else {}),
+        "batch_stats": {"mean": state.mean, "var": state.var},
+    }
 
 
 def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, State]:
@@ -153,7 +186,9 @@ def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, Stat
         count: batches seen, which Flax does not record.
     """
     array = lambda name: None if values.get(name) is None else to_array(values[name])
-    return Params(array("scale"), array("bias")), State(to_array(values["mean"]), to_array(values["var"]), jnp.int32(count))
+    return Params(array("scale"), array("bias")), State(
+        to_array(values["mean"]), to_array(values["var"]), jnp.int32(count)
+    )
 
 
 def to_nnx(params: Params, state: State) -> dict[str, Array]:
@@ -162,7 +197,9 @@ def to_nnx(params: Params, state: State) -> dict[str, Array]:
     return {**variables.get("params", {}), **variables["batch_stats"]}
 
 
-def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = "batch_norm") -> tuple[Params, State]:
+def from_haiku(
+    params: Mapping[str, Any], state: Mapping[str, Any], name: str = "batch_norm"
+) -> tuple[Params, State]:
     """A haiku.BatchNorm; the state holds its debiased averages.
 
     Args:
@@ -171,7 +208,9 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = 
     """
     learned = params.get(name, {})
     vector = lambda value: to_array(value).reshape(-1)
-    scale, bias = (None if learned.get(key) is None else vector(learned[key]) for key in ("scale", "offset"))
+    scale, bias = (
+        None if learned.get(key) is None else vector(learned[key]) for key in ("scale", "offset")
+    )
     mean, var = (state[f"{name}/~/{which}"] for which in ("mean_ema", "var_ema"))
     count = to_array(mean["counter"]).astype(jnp.int32)
     averages = State(vector(mean["average"]), vector(var["average"]), count)
@@ -179,7 +218,13 @@ def from_haiku(params: Mapping[str, Any], state: Mapping[str, Any], name: str = 
 
 
 def to_haiku(
-    params: Params, state: State, name: str = "batch_norm", *, ndim: int, axis: int = -1, momentum: float
+    params: Params,
+    state: State,
+    name: str = "batch_norm",
+    *,
+    ndim: int,
+    axis: int = -1,
+    momentum: float,
 ) -> tuple[dict, dict]:
     """(params, state) of a haiku.BatchNorm.
 
@@ -200,18 +245,25 @@ def to_haiku(
 
     def average(value):
         value = value.reshape(shape)
-        return {"average": value, "hidden": value * jnp.asarray(correction, value.dtype), "counter": state.count}
+        return {
+            "average": value,
+            "hidden": value * jnp.asarray(correction, value.dtype),
+            "counter": state.count,
+        }
 
     averages = {f"{name}/~/mean_ema": average(state.mean), f"{name}/~/var_ema": average(state.var)}
-    return {name: {key: value.reshape(shape) for key, value in learned.items() if value is not None}}, averages
+    return {
+        name: {key: value.reshape(shape) for key, value in learned.items() if value is not None}
+    }, averages
 
 
 def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
     """An equinox.nn.BatchNorm of either mode; the State holds what it normalizes by in inference.
 
-    mode="batch" debiases its averages although its variance starts at 1, so they are off in the first hundreds of batches
-    (a variance of 1 becomes 100 after one batch); they are taken over as they are.  mode="ema" records no count: 1 stands for
-    "some".
+    mode="batch" debiases its averages although its variance starts at 1, so they are off in the
+    first hundreds of batches
+    (a variance of 1 becomes 100 after one batch); they are taken over as they are.  mode="ema"
+    records no count: 1 stands for "some".
 
     Args:
         layer: the layer.
@@ -228,7 +280,8 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
 
 
 def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> tuple[Any, Any]:
-    """The layer and its equinox.nn.State with these values; exact for mode="ema", to float rounding for mode="batch".
+    """The layer and its equinox.nn.State with these values; exact for mode="ema", to float rounding
+    for mode="batch".
 
     Args:
         params, state: features of rank 1.
@@ -247,7 +300,9 @@ def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> 
         return layer, equinox_state.set(layer.ema_state_index, (state.mean, state.var))
     correction = _equinox_correction(layer, state.count, state.mean.dtype)
     equinox_state = equinox_state.set(layer.batch_counter, int(state.count))
-    return layer, equinox_state.set(layer.batch_state_index, (state.mean * correction, state.var * correction))
+    return layer, equinox_state.set(
+        layer.batch_state_index, (state.mean * correction, state.var * correction)
+    )
 
 
 def _equinox_correction(layer, count, dtype):
@@ -283,13 +338,17 @@ def to_array(value: Any) -> Array:
     value = np.asarray(value)
     array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
     if array.dtype != value.dtype and value.dtype != np.int64:
-        raise ValueError(f"an array of dtype {value.dtype} would become {array.dtype}: convert under jax.enable_x64(True)")
+        raise ValueError(
+            f"an array of dtype {value.dtype} would become {array.dtype}: convert under jax.enable_x64(True)"
+        )
     return array
 
 
 def _one_axis(state, library):
     if state.mean.ndim != 1:
-        raise ValueError(f"features have shape {state.mean.shape}, expected one axis: {library} has no batch norm over several")
+        raise ValueError(
+            f"features have shape {state.mean.shape}, expected one axis: {library} has no batch norm over several"
+        )
 
 
 def _import(name):

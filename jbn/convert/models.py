@@ -20,19 +20,22 @@ def resnet_path(prefix: str) -> Path:
     return f"{stage}_{index}", name.replace(".", "_")
 
 
-def from_torch_model(state_dict: Mapping[str, Any], path: Callable[[str], Path] = resnet_path) -> dict[str, Any]:
+def from_torch_model(
+    state_dict: Mapping[str, Any], path: Callable[[str], Path] = resnet_path
+) -> dict[str, Any]:
     """The linen variables of a torch model.
 
         convolution  weight [out, in / groups, *window] -> kernel [*window, in / groups, out]
         dense        weight [out, in]                   -> kernel [in, out]
         batch norm   as `jbn.convert.from_torch`; Flax holds no num_batches_tracked
 
-    torch pads by numbers: give the linen layers padding=1, not "SAME", which pads otherwise where strides are 2.  In eval the
+    torch pads by numbers: give the linen layers padding=1, not "SAME", which pads otherwise where
+        strides are 2.  In eval the
     momentum does not matter; to train on, `jbn.convert.options` of one torch layer gives it.
 
     Args:
-        state_dict: of the model, such as one of torchvision's ResNets. Transposed convolutions look like convolutions in it,
-            and would be taken for such.
+        state_dict: of the model, such as one of torchvision's ResNets. Transposed convolutions look
+            like convolutions in it, and would be taken for such.
         path: linen path of a torch module from its prefix, such as "layer1.0.conv1".
 
     Returns:
@@ -63,6 +66,11 @@ def _module(state_dict, prefix):
         return to_linen(*from_torch(state_dict, f"{prefix}."))
     weight = to_array(state_dict[f"{prefix}.weight"]) if "weight" in names else jnp.zeros(())
     if weight.ndim < 2 or names - {"weight", "bias"}:
-        raise ValueError(f"{prefix!r} holds {sorted(names)}, expected a convolution, a dense layer or a batch norm")
+        raise ValueError(
+            f"{prefix!r} holds {sorted(names)}, expected a convolution, a dense layer or a batch norm"
+        )
     kernel = {"kernel": jnp.moveaxis(weight, (0, 1), (-1, -2))}
-    return {"params": kernel | ({"bias": to_array(state_dict[f"{prefix}.bias"])} if "bias" in names else {})}
+    return {
+        "params": kernel
+        | ({"bias": to_array(state_dict[f"{prefix}.bias"])} if "bias" in names else {})
+    }

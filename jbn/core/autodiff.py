@@ -1,14 +1,15 @@
 """The one derivative rule, for batch statistics and for given ones.
 
-Per channel, with w the weights, n their sum, xc = x - mean, rstd = (var + eps)^(-1/2), gain = scale * rstd,
-z = gain * xc + bias + residual and y = activation(z):
+Per channel, with w the weights, n their sum, xc = x - mean, rstd = (var + eps)^(-1/2), gain = scale
+* rstd, z = gain * xc + bias + residual and y = activation(z):
 
     dz    = activation'(z) * dy        dresidual = dz        dbias = sum dz        dscale = rstd * sum dz * xc
     dmean = -gain * sum dz             dvar = -1/2 * gain * rstd^2 * sum dz * xc   deps = sum of dvar over the channels
     dx    = gain * dz
 
-Where the statistics are the batch's own, mean = sum(w x) / n and var = sum(w xc^2) / n, the cotangents of these two outputs
-join dmean and dvar, and both flow back (Ioffe & Szegedy 2015, section 3):
+Where the statistics are the batch's own, mean = sum(w x) / n and var = sum(w xc^2) / n, the
+cotangents of these two outputs join dmean and dvar, and both flow back (Ioffe & Szegedy 2015,
+section 3):
 
     dx   += w / n * (dmean + 2 * dvar * xc)
 """
@@ -24,7 +25,15 @@ from jax.custom_derivatives import SymbolicZero
 
 from jbn.core import dispatch, partition, stats
 from jbn.core.linear import linear
-from jbn.kernels.seam import SIGN_PRESERVING, Affine, Pull, read, reduced_axes, through_activation, wide
+from jbn.kernels.seam import (
+    SIGN_PRESERVING,
+    Affine,
+    StatsGradient,
+    broadcastable,
+    reduced_axes,
+    replace_masked,
+    through_activation,
+)
 
 
 class Spec(NamedTuple):
@@ -40,7 +49,8 @@ class Spec(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What derivatives are taken with respect to; vectors and the scalar eps in the accumulator's dtype.
+    """What derivatives are taken with respect to; vectors and the scalar eps in the accumulator's
+    dtype.
 
     Of tangents and cotangents, None stands for those known to be zero or not asked for.
     """
@@ -74,14 +84,18 @@ class _Residuals(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Array) -> tuple[Array, BatchStats]:
+def batch_norm(
+    spec: Spec, operands: Operands, weights: Array | None, guess: Array
+) -> tuple[Array, BatchStats]:
     """y and the batch statistics it was normalized by; `guess` is any value near the mean, known before x is."""
     args = operands, weights, guess
     apart = functools.partial(_stats_then_apply, spec)
     kernel = _fused("fwd_fused", spec, operands.x, weights)
     if kernel is None:
         return apart(*args)
-    return dispatch.on_one_device(spec.implementation, functools.partial(_fused_forward, spec, kernel), apart, *args)
+    return dispatch.on_one_device(
+        spec.implementation, functools.partial(_fused_forward, spec, kernel), apart, *args
+    )
 
 
 def _fused(name, spec, x, weights):
@@ -112,8 +126,13 @@ def _(spec, primals, tangents):
     y, batch = batch_norm(spec, operands, weights, guess)
     residuals = _residuals(spec, operands, weights, batch, y)
     t_y, t_stats = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), None))
-    t_mean, t_var = (stats.unmapped(t, residuals.x, spec.axis_name, spec.axis_index_groups) for t in t_stats)
-    return (y, batch), (t_y, BatchStats(jnp.zeros_like(batch.count), jnp.zeros_like(batch.shift), t_mean, t_var))
+    t_mean, t_var = (
+        stats.unmapped(t, residuals.x, spec.axis_name, spec.axis_index_groups) for t in t_stats
+    )
+    return (y, batch), (
+        t_y,
+        BatchStats(jnp.zeros_like(batch.count), jnp.zeros_like(batch.shift), t_mean, t_var),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -127,7 +146,9 @@ def _(spec, primals, tangents):
     operands, mean, var = primals
     y = normalize(spec, operands, mean, var)
     residuals = _residuals(spec, operands, None, _given(mean, var), y)
-    t_y, _ = linear(_tangent, _cotangent, spec, residuals, (_present(tangents[0]), _present(tangents[1:])))
+    t_y, _ = linear(
+        _tangent, _cotangent, spec, residuals, (_present(tangents[0]), _present(tangents[1:]))
+    )
     return y, t_y
 
 
@@ -143,10 +164,16 @@ def _given(mean, var):
 
 def _apply(spec, operands, weights, batch):
     x, scale, bias, residual, eps = operands
-    x, _ = read(x, weights, wide(batch.shift + batch.offset, x.ndim, spec.axis))
+    x, _ = replace_masked(x, weights, broadcastable(batch.shift + batch.offset, x.ndim, spec.axis))
     affine = _affine(batch, scale * lax.rsqrt(batch.var + eps), bias)
     return partition.fwd_apply(
-        spec.implementation, x, affine, residual, axis=spec.axis, activation=spec.activation, dtype=spec.dtype
+        spec.implementation,
+        x,
+        affine,
+        residual,
+        axis=spec.axis,
+        activation=spec.activation,
+        dtype=spec.dtype,
     )
 
 
@@ -156,7 +183,9 @@ def _residuals(spec, operands, weights, batch, y):
     saved = None
     if spec.activation is not None and residual is not None:
         saved = y if spec.activation in SIGN_PRESERVING else residual
-    return _Residuals(x, _affine(batch, scale * rstd, bias), batch.offset, rstd, batch.count, weights, saved)
+    return _Residuals(
+        x, _affine(batch, scale * rstd, bias), batch.offset, rstd, batch.count, weights, saved
+    )
 
 
 def _affine(batch, gain, bias):
@@ -167,25 +196,35 @@ def _affine(batch, gain, bias):
 def _tangent(spec, residuals, tangents):
     """Forward mode: from tangents of the operands (and statistics, if given) to those of y (and statistics, if not)."""
     t, t_given = tangents
-    affine, offset, rstd, weights = residuals.affine, residuals.offset, residuals.rstd, residuals.weights
+    affine, offset, rstd, weights = (
+        residuals.affine,
+        residuals.offset,
+        residuals.rstd,
+        residuals.weights,
+    )
     ndim, axis = residuals.x.ndim, spec.axis
-    vectors = functools.partial(wide, ndim=ndim, axis=axis)
-    x, unread = read(residuals.x, weights, vectors(affine.shift + offset))
+    vectors = functools.partial(broadcastable, ndim=ndim, axis=axis)
+    x, replaced = replace_masked(residuals.x, weights, vectors(affine.shift + offset))
     x = x.astype(rstd.dtype)
     xc = (x - vectors(affine.shift)) - vectors(offset)
-    t_x = jnp.zeros_like(x) if t.x is None else _where_read(unread, t.x.astype(x.dtype))
+    t_x = jnp.zeros_like(x) if t.x is None else _zero_where(replaced, t.x.astype(x.dtype))
     if residuals.count is not None:
         weighted = t_x if weights is None else t_x * weights.astype(x.dtype)
         sums = jnp.stack([v.sum(reduced_axes(ndim, axis)) for v in (weighted, 2 * weighted * xc)])
-        t_mean, t_var = stats.psum(sums, spec.axis_name, spec.axis_index_groups) / _divisor(residuals.count)[None]
+        t_mean, t_var = (
+            stats.psum(sums, spec.axis_name, spec.axis_index_groups)
+            / _divisor(residuals.count)[None]
+        )
     else:
         t_mean, t_var = (jnp.zeros_like(rstd) if v is None else v for v in t_given)
     t_gain = -affine.gain * jnp.square(rstd) / 2 * (t_var if t.eps is None else t_var + t.eps)
     t_gain = t_gain if t.scale is None else t_gain + t.scale * rstd
-    t_z = vectors(affine.gain) * (t_x - _where_read(unread, vectors(t_mean))) + vectors(t_gain) * xc
+    t_z = (
+        vectors(affine.gain) * (t_x - _zero_where(replaced, vectors(t_mean))) + vectors(t_gain) * xc
+    )
     t_z = t_z if t.bias is None else t_z + vectors(t.bias)
     t_z = t_z if t.residual is None else t_z + t.residual.astype(x.dtype)
-    t_z = _where_read(unread, t_z)  # as in reverse mode: what is not read influences no gradient
+    t_z = _zero_where(replaced, t_z)  # as in reverse mode: what is not read influences no gradient
     saved = None if residuals.saved is None else residuals.saved.astype(x.dtype)
     t_y = through_activation(x, t_z, vectors(affine), saved, spec.activation).astype(spec.dtype)
     return t_y, None if residuals.count is None else (t_mean, t_var)
@@ -197,16 +236,33 @@ def _cotangent(spec, residuals, cotangents, wanted):
     want_x = wanted[0].x or wanted[0].residual
     apart = functools.partial(_sums_then_apply, spec, want_x)
     of_batch = cotangents[1] is not None
-    kernel = _fused("bwd_fused", spec, residuals.x, residuals.weights) if want_x and of_batch else None
+    kernel = (
+        _fused("bwd_fused", spec, residuals.x, residuals.weights) if want_x and of_batch else None
+    )
     if kernel is None:
         return apart(*args)
-    return dispatch.on_one_device(spec.implementation, functools.partial(_fused_backward, spec, kernel), apart, *args)
+    return dispatch.on_one_device(
+        spec.implementation, functools.partial(_fused_backward, spec, kernel), apart, *args
+    )
 
 
 def _fused_backward(spec, kernel, residuals, cotangents):
     x, affine, offset, rstd, _, _, saved = residuals
-    static = {"axis": spec.axis, "activation": spec.activation, "residual_dtype": spec.residual_dtype}
-    found = kernel(x, cotangents[0], affine, offset=offset, rstd=rstd, d_stats=cotangents[1], saved=saved, **static)
+    static = {
+        "axis": spec.axis,
+        "activation": spec.activation,
+        "residual_dtype": spec.residual_dtype,
+    }
+    found = kernel(
+        x,
+        cotangents[0],
+        affine,
+        offset=offset,
+        rstd=rstd,
+        d_stats=cotangents[1],
+        saved=saved,
+        **static,
+    )
     if found is None:
         return None
     dx, dresidual, *sums = found
@@ -218,31 +274,46 @@ def _sums_then_apply(spec, want_x, residuals, cotangents):
     """One pass for the sums, one for dx if anybody wants it."""
     dy, d_batch = cotangents
     affine, offset, weights = residuals.affine, residuals.offset, residuals.weights
-    x, unread = read(residuals.x, weights, wide(affine.shift + offset, dy.ndim, spec.axis))
-    dy = _where_read(unread, dy)
-    common = {"saved": residuals.saved, "weights": weights, "axis": spec.axis, "activation": spec.activation}
+    x, replaced = replace_masked(
+        residuals.x, weights, broadcastable(affine.shift + offset, dy.ndim, spec.axis)
+    )
+    dy = _zero_where(replaced, dy)
+    common = {
+        "saved": residuals.saved,
+        "weights": weights,
+        "axis": spec.axis,
+        "activation": spec.activation,
+    }
     sums = partition.bwd_stats(spec.implementation, x, dy, affine, **common)
     dscale, dbias, dmean, dvar = _vector_cotangents(residuals, *sums)
-    pull, d_given = None, (dmean, dvar)
+    stats_gradient, d_given = None, (dmean, dvar)
     if d_batch is not None:
         total = lambda ct: stats.psum_cotangent(ct, x, spec.axis_name, spec.axis_index_groups)
         sums = stats.psum(jnp.stack(sums), spec.axis_name, spec.axis_index_groups)
         _, _, through_mean, through_var = _vector_cotangents(residuals, *sums)
         divisor = _divisor(residuals.count)
         slope = 2 * (through_var + total(d_batch[1])) / divisor
-        pull = Pull(slope, (through_mean + total(d_batch[0])) / divisor - slope * offset)
+        stats_gradient = StatsGradient(
+            slope, (through_mean + total(d_batch[0])) / divisor - slope * offset
+        )
         d_given = None
     dx = dresidual = None
     if want_x:
         dx, dresidual = partition.bwd_apply(
-            spec.implementation, x, dy, affine, pull=pull, residual_dtype=spec.residual_dtype, **common
+            spec.implementation,
+            x,
+            dy,
+            affine,
+            stats_gradient=stats_gradient,
+            residual_dtype=spec.residual_dtype,
+            **common,
         )
-        dx = _where_read(unread, dx)
+        dx = _zero_where(replaced, dx)
     return Operands(dx, dscale, dbias, dresidual, dvar.sum()), d_given
 
 
-def _where_read(unread, array):
-    return array if unread is None else jnp.where(unread, 0, array)
+def _zero_where(replaced, array):
+    return array if replaced is None else jnp.where(replaced, 0, array)
 
 
 def _vector_cotangents(residuals, sum_dz, sum_dz_x):

@@ -8,7 +8,10 @@ from jbn.types import Moments, State
 
 
 def any_complex(*values):
-    return any(v is not None and jnp.issubdtype(getattr(v, "dtype", v), jnp.complexfloating) for v in values)
+    return any(
+        v is not None and jnp.issubdtype(getattr(v, "dtype", v), jnp.complexfloating)
+        for v in values
+    )
 
 
 def evaluate(x, params, state, *, config, eps, residual):
@@ -17,7 +20,11 @@ def evaluate(x, params, state, *, config, eps, residual):
         raise NotImplementedError(
             f"implementation {config.implementation!r} does not take complex values, expected None or 'xla'"
         )
-    wide = jnp.complex128 if any(d in (jnp.float64, jnp.complex128) for d in (x.dtype, config.dtype)) else jnp.complex64
+    wide = (
+        jnp.complex128
+        if any(d in (jnp.float64, jnp.complex128) for d in (x.dtype, config.dtype))
+        else jnp.complex64
+    )
     reduced = tuple(a for a in range(x.ndim) if a not in config.axis)
     expand = lambda v: jnp.expand_dims(v.astype(wide), reduced)
     y = (x.astype(wide) - expand(state.mean)) * expand(lax.rsqrt(state.var.real + eps))
@@ -31,12 +38,18 @@ def evaluate(x, params, state, *, config, eps, residual):
 def train(x, params, state, *, config, momentum, eps, weights, residual, **limits):
     """`layer.train` in plain JAX. The mean is complex; the variance is E|x - mean|^2, real."""
     if limits:
-        raise NotImplementedError(f"batch renormalization does not take complex values, x is {x.dtype}")
+        raise NotImplementedError(
+            f"batch renormalization does not take complex values, x is {x.dtype}"
+        )
     if config.virtual_batch_size is not None:
-        raise NotImplementedError(f"virtual_batch_size {config.virtual_batch_size} does not take complex values, expected None")
+        raise NotImplementedError(
+            f"virtual_batch_size {config.virtual_batch_size} does not take complex values, expected None"
+        )
     parts = [layer.moments(part, axis=config.axis, weights=weights) for part in (x.real, x.imag)]
     if config.axis_name is not None:
-        parts = [stats.psum_moments(part, config.axis_name, config.axis_index_groups) for part in parts]
+        parts = [
+            stats.psum_moments(part, config.axis_name, config.axis_index_groups) for part in parts
+        ]
     real, imag = parts
     batch = Moments(real.count, lax.complex(real.mean, imag.mean), real.m2 + imag.m2)
     if weights is not None:  # as everywhere: what is masked and not finite is read as the mean
@@ -44,7 +57,13 @@ def train(x, params, state, *, config, momentum, eps, weights, residual, **limit
         x = jnp.where(~weights & ~jnp.isfinite(x), mean.astype(x.dtype), x)
     used = State(batch.mean, stats.variance(batch), state.count)
     y = evaluate(x, params, used, config=config, eps=eps, residual=residual)
-    return y, _update(state, batch, momentum=momentum, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
+    return y, _update(
+        state,
+        batch,
+        momentum=momentum,
+        unbiased=config.unbiased,
+        skip_nonfinite=config.skip_nonfinite,
+    )
 
 
 def _update(state, batch, *, momentum, **options):
@@ -53,6 +72,9 @@ def _update(state, batch, *, momentum, **options):
     parts = lambda v: jnp.stack([v.real, v.imag])
     old = State(parts(state.mean), twice(state.var.real), state.count)
     new = running.update(
-        old, Moments(twice(batch.count), parts(batch.mean), twice(batch.m2)), decay=running.decay(momentum), **options
+        old,
+        Moments(twice(batch.count), parts(batch.mean), twice(batch.m2)),
+        decay=running.decay(momentum),
+        **options,
     )
     return State(lax.complex(*new.mean), new.var[0], new.count)

@@ -54,13 +54,13 @@ def batch_norm(
         limits: r_max and d_max, for batch renormalization.
 
     Returns:
-        (y, state): y has the shape of x; the state has the shapes and dtypes of the one given, except that the mean of
-        complex x is complex.
+        (y, state): y has the shape of x; the state has the shapes and dtypes of the one given,
+        except that the mean of complex x is complex.
 
     Raises:
         ValueError, TypeError: an option out of range, arrays that do not fit x.
-        NotImplementedError: virtual batches, renormalization or a kernel for complex x; virtual batches in renormalization;
-            an implementation that cannot run here.
+        NotImplementedError: virtual batches, renormalization or a kernel for complex x; virtual
+            batches in renormalization; an implementation that cannot run here.
     """
     _check(layer, limits)
     config = _config(layer, x, dtype, initializing)
@@ -78,7 +78,13 @@ def batch_norm(
     weights = None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x)
     if config.virtual_batch_size is not None:
         validate.batch(x, config.axis, weights, config.axis_name, config.virtual_batch_size)
-    options = {"momentum": layer.momentum, "eps": layer.epsilon, "weights": weights, "residual": residual, **(limits or {})}
+    options = {
+        "momentum": layer.momentum,
+        "eps": layer.epsilon,
+        "weights": weights,
+        "residual": residual,
+        **(limits or {}),
+    }
     y, new = train(x, params, old, config=config, **options)
     return y, State(new.mean.reshape(state.mean.shape), new.var.reshape(state.var.shape), new.count)
 
@@ -113,7 +119,9 @@ def _config(layer, x, dtype, initializing):
         dtype=dtype,
         implementation=layer.implementation,
         axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else validate.groups(layer.axis_index_groups, axis_name),
+        axis_index_groups=None
+        if axis_name is None
+        else validate.groups(layer.axis_index_groups, axis_name),
         virtual_batch_size=None if initializing else layer.virtual_batch_size,
         unbiased=layer.unbiased,
         skip_nonfinite=layer.skip_nonfinite,
@@ -122,7 +130,9 @@ def _config(layer, x, dtype, initializing):
 
 def _fit(vector, features):
     """nnx holds one flat vector, whatever number of feature axes; what does not fit is left to the checks."""
-    return vector.reshape(features) if vector.size == math.prod(features) and vector.ndim else vector
+    return (
+        vector.reshape(features) if vector.size == math.prod(features) and vector.ndim else vector
+    )
 
 
 def _computable(x, dtype):

@@ -1,7 +1,10 @@
-"""Virtual ("ghost") batches: consecutive examples along axis 0 are normalized by moments of their own.
+"""Virtual ("ghost") batches: consecutive examples along axis 0 are normalized by moments of their
+own.
 
-The batch axis becomes (groups, examples) and the groups one more feature axis: a layer with groups x features channels, whose
-scale and bias repeat.  A group that lies on one device takes no communication; the running state folds in the moments of all.
+The batch axis becomes (groups, examples) and the groups one more feature axis: a layer with groups
+x features channels, whose
+scale and bias repeat.  A group that lies on one device takes no communication; the running state
+folds in the moments of all.
 
 Reference: Hoffer, Hubara & Soudry 2017, section 4.
 """
@@ -18,7 +21,9 @@ from jbn.core import autodiff, stats
 from jbn.core.autodiff import BatchStats, Operands, Spec
 
 
-def batch_norm(spec: Spec, operands: Operands, weights: Array | None, guess: Array, size: int) -> tuple[Array, BatchStats]:
+def batch_norm(
+    spec: Spec, operands: Operands, weights: Array | None, guess: Array, size: int
+) -> tuple[Array, BatchStats]:
     """As `autodiff.batch_norm`, by the moments of each `size` examples; the statistics returned are those of all."""
     x, scale, bias, residual, eps = operands
     groups = x.shape[0] // size
@@ -44,7 +49,11 @@ def _grouped(array, groups) -> Any:
 
 
 def _ungrouped(array):
-    return _reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]), lambda first, _, *others: (first, *others))
+    return _reshape(
+        array,
+        (array.shape[0] * array.shape[1], *array.shape[2:]),
+        lambda first, _, *others: (first, *others),
+    )
 
 
 def _reshape(array, shape, split):

@@ -27,10 +27,14 @@ class Config(NamedTuple):
     skip_nonfinite: bool = False
 
 
-def train(x, params, state, *, config: Config, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
+def train(
+    x, params, state, *, config: Config, momentum, eps, weights=None, residual=None
+) -> tuple[Array, State]:
     """`batch_norm_train` without the checks, for the modules."""
     fused, after = split_activation(config)
-    y, new_state = _train(x, params, state, running.decay(momentum), eps, weights, residual, config=fused)
+    y, new_state = _train(
+        x, params, state, running.decay(momentum), eps, weights, residual, config=fused
+    )
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
@@ -59,7 +63,9 @@ def _train(x, params, state, decay, eps, weights, residual, *, config):
     else:
         y, batch = ghost.batch_norm(spec, operands, weights, guess, config.virtual_batch_size)
     m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
-    return y, running.update(state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite)
+    return y, running.update(
+        state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")

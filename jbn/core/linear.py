@@ -1,7 +1,9 @@
-"""A linear map with a transpose of its own, for `jax.custom_jvp` rules whose reverse mode is written by hand.
+"""A linear map with a transpose of its own, for `jax.custom_jvp` rules whose reverse mode is
+written by hand.
 
-`jax.custom_vjp` would forbid forward mode and every nesting of it.  Here the tangent map is an ordinary JAX function, so
-forward mode and higher orders are JAX's, while reverse mode at first order runs the given transpose.
+`jax.custom_vjp` would forbid forward mode and every nesting of it.  Here the tangent map is an
+ordinary JAX function, so forward mode and higher orders are JAX's, while reverse mode at first
+order runs the given transpose.
 """
 
 import functools
@@ -14,20 +16,27 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
-def linear(forward: Callable, transpose: Callable, static: Hashable, residuals: Any, tangents: Any) -> Any:
-    """forward(static, residuals, tangents), linear in tangents, differentiated in reverse by `transpose`.
+def linear(
+    forward: Callable, transpose: Callable, static: Hashable, residuals: Any, tangents: Any
+) -> Any:
+    """forward(static, residuals, tangents), linear in tangents, differentiated in reverse by
+    `transpose`.
 
     Args:
-        forward: module-level function of (static, residuals, tangents) to a pytree; differentiable by JAX.
-        transpose: module-level function of (static, residuals, cotangents, wanted) to cotangents like `tangents`;
-            `wanted` is `tangents` with True for each array: where that has None, what the cotangent holds is dropped.
+        forward: module-level function of (static, residuals, tangents) to a pytree; differentiable
+            by JAX.
+        transpose: module-level function of (static, residuals, cotangents, wanted) to cotangents
+            like `tangents`; `wanted` is `tangents` with True for each array: where that has None,
+            what the cotangent holds is dropped.
         static: hashable first argument of both.
         residuals: pytree of arrays, the point at which the map is taken.
         tangents: pytree of arrays; None for what is known to be zero.
     """
     flat_residuals, residual_tree = jax.tree.flatten(residuals)
     flat_tangents, in_tree = jax.tree.flatten(tangents)
-    out_tree = jax.tree.structure(jax.eval_shape(functools.partial(forward, static), residuals, tangents))
+    out_tree = jax.tree.structure(
+        jax.eval_shape(functools.partial(forward, static), residuals, tangents)
+    )
     op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree))
     return jax.tree.unflatten(out_tree, _bind(op, *flat_residuals, *flat_tangents))
 
@@ -52,9 +61,13 @@ class _Map(NamedTuple):
         residual_tree, in_tree, out_tree = self.trees
         residuals = jax.tree.unflatten(residual_tree, residuals)
         if not self.is_transpose:
-            return jax.tree.leaves(self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values)))
+            return jax.tree.leaves(
+                self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values))
+            )
         wanted = jax.tree.unflatten(in_tree, [True] * in_tree.num_leaves)
-        cotangents = self.transpose(self.static, residuals, jax.tree.unflatten(out_tree, values), wanted)
+        cotangents = self.transpose(
+            self.static, residuals, jax.tree.unflatten(out_tree, values), wanted
+        )
         is_none = lambda leaf: leaf is None
         keep = lambda want, ct: ct if want else None
         return jax.tree.leaves(jax.tree.map(keep, wanted, cotangents, is_leaf=is_none))
@@ -75,7 +88,9 @@ class _Batched(NamedTuple):
         return self._replace(op=self.op.transposed())
 
     def __call__(self, residuals, values):
-        return jax.vmap(self.op, (self.in_axes, 0), 0, **dict(self.vmap_arguments))(residuals, values)
+        return jax.vmap(self.op, (self.in_axes, 0), 0, **dict(self.vmap_arguments))(
+            residuals, values
+        )
 
 
 def _run(*operands, op):
@@ -84,7 +99,9 @@ def _run(*operands, op):
 
 def _bind(op, *operands):
     """The body travels along as a jaxpr, so that JAX sees what it needs for lowering (see `partition`)."""
-    return _linear.bind(*operands, op=op, body=jax.make_jaxpr(functools.partial(_run, op=op))(*operands))
+    return _linear.bind(
+        *operands, op=op, body=jax.make_jaxpr(functools.partial(_run, op=op))(*operands)
+    )
 
 
 _jitted = jax.jit(_run, static_argnames="op")
@@ -111,15 +128,23 @@ def _jvp(primals, tangents, *, op, body):
         terms.append(_bind(op, *primals[:n], *map(ad.instantiate_zeros, tangents[n:])))
     if any(type(t) is not ad.Zero for t in tangents[:n]):
         at_values = lambda *residuals: op(residuals, primals[n:])
-        terms.append(jax.jvp(at_values, tuple(primals[:n]), tuple(map(ad.instantiate_zeros, tangents[:n])))[1])
-    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)] if terms else [jnp.zeros_like(o) for o in out]
+        terms.append(
+            jax.jvp(at_values, tuple(primals[:n]), tuple(map(ad.instantiate_zeros, tangents[:n])))[
+                1
+            ]
+        )
+    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)] if terms else [
+        jnp.zeros_like(o) for o in out
+    ]
 
 
 def _transpose(cotangents, *operands, op, body):
     residuals, values = operands[: op.num_residuals], operands[op.num_residuals :]
     out = _bind(op.transposed(), *residuals, *map(ad.instantiate_zeros, cotangents))
     linear_in = map(ad.is_undefined_primal, values)
-    return [None] * len(residuals) + [ct if undefined else None for ct, undefined in zip(out, linear_in, strict=True)]
+    return [None] * len(residuals) + [
+        ct if undefined else None for ct, undefined in zip(out, linear_in, strict=True)
+    ]
 
 
 def _batch(axis_data, operands, dims, *, op, body):
@@ -127,7 +152,9 @@ def _batch(axis_data, operands, dims, *, op, body):
         out = _bind(op, *operands)
         return out, [None] * len(out)
     n = op.num_residuals
-    moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)]
+    moved = [
+        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
+    ]
     moved[n:] = [
         jnp.broadcast_to(x, (axis_data.size, *x.shape)) if dim is None else x
         for x, dim in zip(moved[n:], dims[n:], strict=True)

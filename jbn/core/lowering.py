@@ -1,7 +1,8 @@
 """What is decided when a program is lowered, because only then its platform and devices are known.
 
-One primitive for all such decisions.  `choose` sees the lowering context and picks a candidate, or raises.  Everything that
-comes before lowering, derivatives and vmap, takes the reference instead: it computes the same in plain JAX.
+One primitive for all such decisions.  `choose` sees the lowering context and picks a candidate, or
+raises.  Everything that comes before lowering, derivatives and vmap, takes the reference instead:
+it computes the same in plain JAX.
 """
 
 from collections.abc import Callable
@@ -25,20 +26,27 @@ def at_lowering(
 
     Args:
         choose: function of `LoweringRuleContext.module_context` to the index of a candidate.
-        candidates: functions of the arrays to lists of arrays, all of the same types. The first is traced at once, so that
+        candidates: functions of the arrays to lists of arrays, all of the same types. The first is
+            traced at once, so that
             JAX sees before lowering what it needs: one that needs to know the devices stands there.
-        reference: the same function in plain JAX: what is differentiated, in either mode and any order.
+        reference: the same function in plain JAX: what is differentiated, in either mode and any
+            order.
         arrays: what the functions are called with.
-        vmapped: function of the arrays with one more leading axis each; None for jax.vmap(reference).
+        vmapped: function of the arrays with one more leading axis each; None for
+            jax.vmap(reference).
     """
     first, *others = candidates
     options = {"choose": choose, "first": jax.make_jaxpr(first)(*arrays), "others": tuple(others)}
-    return _decide.bind(*arrays, **options, reference=reference, vmapped=vmapped or jax.vmap(reference))
+    return _decide.bind(
+        *arrays, **options, reference=reference, vmapped=vmapped or jax.vmap(reference)
+    )
 
 
 _decide = Primitive("jbn_at_lowering")
 _decide.multiple_results = True
-_decide.def_impl(lambda *arrays, **params: jax.jit(lambda *arrays: _decide.bind(*arrays, **params))(*arrays))
+_decide.def_impl(
+    lambda *arrays, **params: jax.jit(lambda *arrays: _decide.bind(*arrays, **params))(*arrays)
+)
 _decide.def_abstract_eval(lambda *_, first, **__: first.out_avals)
 
 
@@ -54,9 +62,13 @@ def _jvp(primals, tangents, *, reference, **params):
 
 
 def _batch(arrays, dims, *, vmapped, **_):
-    size = next(array.shape[dim] for array, dim in zip(arrays, dims, strict=True) if dim is not None)
+    size = next(
+        array.shape[dim] for array, dim in zip(arrays, dims, strict=True) if dim is not None
+    )
     moved = [
-        jnp.broadcast_to(array, (size, *array.shape)) if dim is None else jnp.moveaxis(array, dim, 0)
+        jnp.broadcast_to(array, (size, *array.shape))
+        if dim is None
+        else jnp.moveaxis(array, dim, 0)
         for array, dim in zip(arrays, dims, strict=True)
     ]
     out = vmapped(*moved)

@@ -1,10 +1,16 @@
-"""One call across devices: the four functions of the seam, on the whole array wherever its parts are.
+"""One call across devices: the four functions of the seam, on the whole array wherever its parts
+are.
 
-Inside shard_map and pmap the arrays are the local parts, and the caller names the axis to sum over: nothing to do here.
-On an explicit mesh the type of x says how it is split.  Under automatic sharding only the compiler knows, and asks
-`_partition` for the program of one shard.  Both run the same `_on_shard`: local sums, then one or two all-reduces of
-per-channel vectors.  XLA's own partitioner would do too where x is split along one reduced axis; along two it makes an
-all-reduce for each.  TPU has no hook to ask through (jax#38196), but folds those all-reduces by itself.
+Inside shard_map and pmap the arrays are the local parts, and the caller names the axis to sum over:
+nothing to do here.
+On an explicit mesh the type of x says how it is split.  Under automatic sharding only the compiler
+knows, and asks
+`_partition` for the program of one shard.  Both run the same `_on_shard`: local sums, then one or
+two all-reduces of
+per-channel vectors.  XLA's own partitioner would do too where x is split along one reduced axis;
+along two it makes an
+all-reduce for each.  TPU has no hook to ask through (jax#38196), but folds those all-reduces by
+itself.
 """
 
 import functools
@@ -21,35 +27,67 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jbn.core import dispatch, stats
 from jbn.core.lowering import at_lowering
-from jbn.kernels.seam import Affine, Pull, Stats, wide
+from jbn.kernels.seam import Affine, Stats, StatsGradient, broadcastable
 
-FULL_SIZE = ("dy", "residual", "saved", "weights")  # arrays like x; all others are per-channel vectors
+FULL_SIZE = (
+    "dy",
+    "residual",
+    "saved",
+    "weights",
+)  # arrays like x; all others are per-channel vectors
 
 
 def fwd_stats(implementation, x: Array, shift: Array, weights: Array | None, *, axis) -> Stats:
-    local = Stats(*_run("fwd_stats", implementation, x, {"shift": shift, "weights": weights}, {"axis": axis}))
+    local = Stats(
+        *_run("fwd_stats", implementation, x, {"shift": shift, "weights": weights}, {"axis": axis})
+    )
     if weights is not None or AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types:
         return local
-    # A constant, so that what depends on it alone (was anything counted?) takes no communication between channels.
-    count = jnp.full(local.count.shape, x.size // math.prod(x.shape[a] for a in axis), local.count.dtype)
+    # A constant, so that what depends on it alone (was anything counted?) takes no communication
+    # between channels.
+    count = jnp.full(
+        local.count.shape, x.size // math.prod(x.shape[a] for a in axis), local.count.dtype
+    )
     return local._replace(count=count)
 
 
-def fwd_apply(implementation, x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype) -> Array:
+def fwd_apply(
+    implementation, x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
+) -> Array:
     static = {"axis": axis, "activation": activation, "dtype": dtype}
     return _run("fwd_apply", implementation, x, {"affine": affine, "residual": residual}, static)[0]
 
 
-def bwd_stats(implementation, x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation) -> tuple[Array, Array]:
+def bwd_stats(
+    implementation, x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
+) -> tuple[Array, Array]:
     arrays = {"dy": dy, "affine": affine, "saved": saved, "weights": weights}
-    sum_dz, sum_dz_xc = _run("bwd_stats", implementation, x, arrays, {"axis": axis, "activation": activation})
+    sum_dz, sum_dz_xc = _run(
+        "bwd_stats", implementation, x, arrays, {"axis": axis, "activation": activation}
+    )
     return sum_dz, sum_dz_xc
 
 
 def bwd_apply(
-    implementation, x: Array, dy: Array, affine: Affine, *, pull: Pull | None, saved, weights, axis, activation, residual_dtype
+    implementation,
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    stats_gradient: StatsGradient | None,
+    saved,
+    weights,
+    axis,
+    activation,
+    residual_dtype,
 ) -> tuple[Array, Array | None]:
-    arrays = {"dy": dy, "affine": affine, "pull": pull, "saved": saved, "weights": weights}
+    arrays = {
+        "dy": dy,
+        "affine": affine,
+        "stats_gradient": stats_gradient,
+        "saved": saved,
+        "weights": weights,
+    }
     static = {"axis": axis, "activation": activation, "residual_dtype": residual_dtype}
     dx, *dresidual = _run("bwd_apply", implementation, x, arrays, static)
     return dx, dresidual[0] if dresidual else None
@@ -67,7 +105,9 @@ class _Call(NamedTuple):
     def __call__(self, *leaves):
         def run(*leaves):
             x, others = jax.tree.unflatten(self.tree, leaves)
-            return jax.tree.leaves(dispatch.run(self.name, self.implementation, {"x": x, **others}, dict(self.static)))
+            return jax.tree.leaves(
+                dispatch.run(self.name, self.implementation, {"x": x, **others}, dict(self.static))
+            )
 
         for _ in range(self.mapped):
             run = jax.vmap(run)
@@ -81,7 +121,15 @@ class _Call(NamedTuple):
     def full_size(self):
         """For each leaf, whether it is like x."""
         _, others = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
-        return jax.tree.leaves((True, {key: jax.tree.map(lambda _, k=key: k in FULL_SIZE, v) for key, v in others.items()}))
+        return jax.tree.leaves(
+            (
+                True,
+                {
+                    key: jax.tree.map(lambda _, k=key: k in FULL_SIZE, v)
+                    for key, v in others.items()
+                },
+            )
+        )
 
 
 def _run(name, implementation, x, others, static):
@@ -100,25 +148,49 @@ def _across(call, *leaves):
     twin = call._replace(implementation="xla")
     vmapped = functools.partial(_across, call._replace(mapped=call.mapped + 1))
     if AxisType.Explicit in mesh.axis_types:
-        return at_lowering(lambda _: 0, (functools.partial(_explicit, call, mesh),), twin, *leaves, vmapped=vmapped)
-    return at_lowering(_by_hook_or_local, (functools.partial(_partitioned, call), call), twin, *leaves, vmapped=vmapped)
+        return at_lowering(
+            lambda _: 0, (functools.partial(_explicit, call, mesh),), twin, *leaves, vmapped=vmapped
+        )
+    return at_lowering(
+        _by_hook_or_local,
+        (functools.partial(_partitioned, call), call),
+        twin,
+        *leaves,
+        vmapped=vmapped,
+    )
 
 
 def _by_hook_or_local(module_context):
     """1, the local program for XLA to partition, where there is no hook: on TPU, and in what is exported."""
     platforms = module_context.platforms
-    return int(len(platforms) > 1 or "tpu" in platforms or module_context.lowering_parameters.for_export)
+    return int(
+        len(platforms) > 1 or "tpu" in platforms or module_context.lowering_parameters.for_export
+    )
 
 
 def _explicit(call, mesh, *leaves):
     """shard_map over the axes that the type of x names."""
     spec = _padded(jax.typeof(leaves[0]).sharding.spec, leaves[0].ndim)
     in_specs, out_specs = _specs(call, spec, leaves)
-    names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    names = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
     on_shard = functools.partial(_on_shard, call, spec, leaves[0].shape)
-    placed = [jax.reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, in_specs, strict=True)]
+    placed = [
+        jax.reshard(leaf, NamedSharding(mesh, spec))
+        for leaf, spec in zip(leaves, in_specs, strict=True)
+    ]
     # The derivative rule of `_across` stands above, so nothing is left for check_vma to transpose.
-    mapped = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+    mapped = jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=names,
+        check_vma=False,
+    )
     return mapped(*placed)
 
 
@@ -128,13 +200,19 @@ def _partition(call, mesh, operands, results):
     mesh, spec = _by_primes(operands[0].sharding, len(operands[0].shape))
     placed = lambda specs: [NamedSharding(mesh, spec) for spec in specs]
     in_specs, out_specs = _specs(call, spec, operands)
-    return mesh, functools.partial(_on_shard, call, spec, operands[0].shape), placed(out_specs), tuple(placed(in_specs))
+    return (
+        mesh,
+        functools.partial(_on_shard, call, spec, operands[0].shape),
+        placed(out_specs),
+        tuple(placed(in_specs)),
+    )
 
 
 def _by_primes(sharding, ndim):
     """The devices as a mesh whose axes have prime sizes, and the spec of the sharding on it.
 
-    The user's axes would not do: where a split axis is reshaped, XLA splits the parts over a fraction of a mesh axis.
+    The user's axes would not do: where a split axis is reshaped, XLA splits the parts over a
+    fraction of a mesh axis.
     """
     devices = np.array(sharding._device_assignment)
     sizes = _prime_factors(devices.size)
@@ -147,8 +225,12 @@ def _by_primes(sharding, ndim):
     tile_of = {device: tile for tile, device in np.ndenumerate(tiles)}
     spec = []
     for dim in range(ndim):
-        # How many tiles a step along each mesh axis moves; the axis of the largest steps is the major one.
-        steps = {name: tile_of[math.prod(sizes[i + 1 :])][dim] - tile_of[0][dim] for i, name in enumerate(names)}
+        # How many tiles a step along each mesh axis moves; the axis of the largest steps is the
+        # major one.
+        steps = {
+            name: tile_of[math.prod(sizes[i + 1 :])][dim] - tile_of[0][dim]
+            for i, name in enumerate(names)
+        }
         moving = sorted((name for name in names if steps[name] > 0), key=lambda name: -steps[name])
         spec.append(tuple(moving) or None)
     return mesh, tuple(spec)
@@ -192,8 +274,12 @@ def _num_results(call):
 def _specs(call, spec, leaves):
     """The specs of the operands and of the results that belong to this spec of x."""
     vector = PartitionSpec(*(spec[a] for a in call.axis))
-    like_x = lambda leaf: PartitionSpec(*(None if n == 1 else entry for n, entry in zip(leaf.shape, spec, strict=True)))
-    operands = tuple(like_x(v) if full else vector for v, full in zip(leaves, call.full_size(), strict=True))
+    like_x = lambda leaf: PartitionSpec(
+        *(None if n == 1 else entry for n, entry in zip(leaf.shape, spec, strict=True))
+    )
+    operands = tuple(
+        like_x(v) if full else vector for v, full in zip(leaves, call.full_size(), strict=True)
+    )
     result = PartitionSpec(*spec) if call.name.endswith("apply") else vector
     return operands, [result] * _num_results(call)
 
@@ -228,10 +314,17 @@ def _without_padding(call, spec, shape, reduced, leaves):
         weights = others["weights"]
         weights = valid if weights is None else jnp.where(valid, weights, jnp.zeros_like(weights))
         leading = leaves[0].shape[: call.mapped]
-        others = {**others, "weights": jnp.broadcast_to(weights, (*leading, *weights.shape[call.mapped :]))}
+        others = {
+            **others,
+            "weights": jnp.broadcast_to(weights, (*leading, *weights.shape[call.mapped :])),
+        }
     else:
-        zero = lambda array: None if array is None else jnp.where(valid, array, jnp.zeros_like(array))
-        x = jnp.where(valid, x, wide(others["affine"].shift, x.ndim, call.axis).astype(x.dtype))
+        zero = lambda array: (
+            None if array is None else jnp.where(valid, array, jnp.zeros_like(array))
+        )
+        x = jnp.where(
+            valid, x, broadcastable(others["affine"].shift, x.ndim, call.axis).astype(x.dtype)
+        )
         others = {**others, "dy": zero(others["dy"]), "saved": zero(others["saved"])}
     leaves, tree = jax.tree.flatten((x, others))
     return call._replace(tree=tree), leaves

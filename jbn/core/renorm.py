@@ -12,14 +12,28 @@ from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
 
 
-def train(x, params, state, *, config: Config, r_max, d_max, momentum, eps, weights=None, residual=None) -> tuple[Array, State]:
+def train(
+    x, params, state, *, config: Config, r_max, d_max, momentum, eps, weights=None, residual=None
+) -> tuple[Array, State]:
     """`batch_renorm_train` without the checks, for the modules."""
     fused, after = layer.split_activation(config)
-    y, new_state = _train(x, params, state, r_max, d_max, running.decay(momentum), eps, weights, residual, config=fused)
+    y, new_state = _train(
+        x,
+        params,
+        state,
+        r_max,
+        d_max,
+        running.decay(momentum),
+        eps,
+        weights,
+        residual,
+        config=fused,
+    )
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
-# One jit around both, so that XLA merges the two statistics: the correction costs no pass over x and no collective.
+# One jit around both, so that XLA merges the two statistics: the correction costs no pass over x
+# and no collective.
 @functools.partial(jax.jit, static_argnames="config")
 def _train(x, params, state, r_max, d_max, decay, eps, weights, residual, *, config):
     r, d = _correction(x, state, r_max, d_max, eps, weights, config)
@@ -27,7 +41,14 @@ def _train(x, params, state, r_max, d_max, decay, eps, weights, residual, *, con
     shift = d if params.scale is None else params.scale.astype(d.dtype) * d
     bias = shift if params.bias is None else params.bias.astype(d.dtype) + shift
     return layer.train(
-        x, Params(scale, bias), state, config=config, momentum=decay, eps=eps, weights=weights, residual=residual
+        x,
+        Params(scale, bias),
+        state,
+        config=config,
+        momentum=decay,
+        eps=eps,
+        weights=weights,
+        residual=residual,
     )
 
 
@@ -35,7 +56,9 @@ def _correction(x, state, r_max, d_max, eps, weights, config):
     """r and d of each feature, constants to the derivative."""
     x, state, eps, weights = jax.tree.map(lax.stop_gradient, (x, state, eps, weights))
     acc = accumulator(x.dtype)
-    mean, var, eps, r_max, d_max = (jnp.asarray(v).astype(acc) for v in (state.mean, state.var, eps, r_max, d_max))
+    mean, var, eps, r_max, d_max = (
+        jnp.asarray(v).astype(acc) for v in (state.mean, state.var, eps, r_max, d_max)
+    )
     mean, var = stats.split_alike((mean, var), x, config.axis)
     x, weights, guess = stats.vary_alike((x, weights, mean))
     local = partition.fwd_stats(config.implementation, x, guess, weights, axis=config.axis)

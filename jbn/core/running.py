@@ -24,11 +24,13 @@ def decay(momentum: float | Array | Decay | None) -> Decay | None:
     return Decay(momentum, 1 - momentum)
 
 
-def update(state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool) -> State:
+def update(
+    state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool
+) -> State:
     """decay.old * old + decay.new * new, or the average of all batches for decay None.
 
-    A channel in which nothing was counted keeps its values; so does the whole state if no channel counted anything, or,
-    with skip_nonfinite, if any moment is not finite.
+    A channel in which nothing was counted keeps its values; so does the whole state if no channel
+    counted anything, or, with skip_nonfinite, if any moment is not finite.
     """
     dtype = np.promote_types(m.mean.dtype, state.mean.dtype)
     if decay is None:

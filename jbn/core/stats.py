@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbn.kernels.seam import Stats, settled
+from jbn.kernels.seam import Stats, round_shift
 from jbn.types import Moments
 
 
@@ -22,7 +22,11 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     divisor = jnp.where(count > 0, count, 1)
     delta = b.mean - a.mean
-    mean = jnp.where(b.count > a.count, b.mean - delta * (a.count / divisor), a.mean + delta * (b.count / divisor))
+    mean = jnp.where(
+        b.count > a.count,
+        b.mean - delta * (a.count / divisor),
+        a.mean + delta * (b.count / divisor),
+    )
     return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * b.count / divisor))
 
 
@@ -49,11 +53,12 @@ def pool(s: Stats) -> Stats:
 def _union(s, total):
     """total: the sum over the parts of a stack of per-channel vectors.
 
-    The first finds the mean to float32 precision; the second, relative to it, the rest of the mean and m2.
+    The first finds the mean to float32 precision; the second, relative to it, the rest of the mean
+    and m2.
     """
     count, sums = total(jnp.stack([s.count, s.count * (s.shift + s.offset)]))
     divisor = jnp.where(count > 0, count, 1)
-    shift = settled(sums / divisor)
+    shift = round_shift(sums / divisor)
     delta = (s.shift - shift) + s.offset
     m2, rest = total(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]))
     offset = rest / divisor
@@ -98,9 +103,11 @@ def varying(x: Array) -> frozenset:
 
 
 def split_alike(vectors, x: Array, axis: tuple[int, ...]):
-    """Each of a pytree of per-channel vectors split over an explicit mesh as x is along its feature axes; elsewhere as it is.
+    """Each of a pytree of per-channel vectors split over an explicit mesh as x is along its feature
+    axes; elsewhere as it is.
 
-    Done outside the derivative rule, so that JAX brings the gradients back to the shardings of their arguments.
+    Done outside the derivative rule, so that JAX brings the gradients back to the shardings of
+    their arguments.
     """
     mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
     if AxisType.Explicit not in mesh.axis_types:
@@ -113,7 +120,8 @@ def split_alike(vectors, x: Array, axis: tuple[int, ...]):
 def vary_alike(tree):
     """Mark all arrays of a pytree as varying over the manual axes that any of them varies over.
 
-    Done outside the derivative rule, so that JAX sums the gradient of a replicated parameter over the devices.
+    Done outside the derivative rule, so that JAX sums the gradient of a replicated parameter over
+    the devices.
     """
     axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
 

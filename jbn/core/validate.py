@@ -28,7 +28,9 @@ IMPLEMENTATIONS = (
 def array(value: Any, name: str) -> Array:
     """A floating array, or TypeError."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray({name})")
+        raise TypeError(
+            f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray({name})"
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         mend = (
             "the Flax modules take complex input"
@@ -41,7 +43,9 @@ def array(value: Any, name: str) -> Array:
 
 def floating_dtype(dtype: Any, name: str) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} is {jnp.dtype(dtype).name}, expected a floating dtype such as jnp.float32")
+        raise TypeError(
+            f"{name} is {jnp.dtype(dtype).name}, expected a floating dtype such as jnp.float32"
+        )
     return jnp.dtype(dtype)
 
 
@@ -54,9 +58,13 @@ def features(value: int | Sequence[int]) -> tuple[int, ...]:
     try:
         sizes = tuple(operator.index(size) for size in sizes)
     except TypeError:
-        raise TypeError(f"features is {value!r}, expected a positive int or a tuple of them") from None
+        raise TypeError(
+            f"features is {value!r}, expected a positive int or a tuple of them"
+        ) from None
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"features is {value!r}, expected a positive int or a non-empty tuple of them")
+        raise ValueError(
+            f"features is {value!r}, expected a positive int or a non-empty tuple of them"
+        )
     return sizes
 
 
@@ -66,15 +74,21 @@ def axis(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     try:
         axes = tuple(operator.index(a) for a in axes)
     except TypeError:
-        raise TypeError(f"axis is {value!r}, expected an int or a tuple of ints: the feature axis or axes of x") from None
+        raise TypeError(
+            f"axis is {value!r}, expected an int or a tuple of ints: the feature axis or axes of x"
+        ) from None
     if not axes:
         raise ValueError(f"axis is {value!r}, expected at least one feature axis")
     for a in axes:
         if not -ndim <= a < ndim:
-            raise ValueError(f"axis {a} is out of range for x of rank {ndim}, expected {-ndim} <= axis < {ndim}")
+            raise ValueError(
+                f"axis {a} is out of range for x of rank {ndim}, expected {-ndim} <= axis < {ndim}"
+            )
     positive = tuple(sorted(a % ndim for a in axes))
     if len(set(positive)) < len(positive):
-        raise ValueError(f"axis {value!r} names the same axis of x (rank {ndim}) twice: name each feature axis once")
+        raise ValueError(
+            f"axis {value!r} names the same axis of x (rank {ndim}) twice: name each feature axis once"
+        )
     return positive
 
 
@@ -88,14 +102,18 @@ def parameters(params: Params, state: State, x: Array, axis: tuple[int, ...]) ->
             continue
         shape = array(value, name).shape
         if shape != expected:
-            raise ValueError(f"{name} has shape {shape}, expected {expected}: the size of x {x.shape} along axis {axis}")
+            raise ValueError(
+                f"{name} has shape {shape}, expected {expected}: the size of x {x.shape} along axis {axis}"
+            )
 
 
 def update(momentum: float | Array | None) -> None:
     if momentum is None or isinstance(momentum, Tracer):
         return
     if not 0 <= _scalar(momentum, "momentum") <= 1:
-        raise ValueError(f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, such as 0.99")
+        raise ValueError(
+            f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, such as 0.99"
+        )
 
 
 def epsilon(eps: float | Array) -> None:
@@ -108,16 +126,22 @@ def epsilon(eps: float | Array) -> None:
 def limits(r_max: float | Array, d_max: float | Array) -> None:
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
         if not isinstance(value, Tracer) and not _scalar(value, name) >= least:
-            raise ValueError(f"{name} is {value}, expected {name} >= {least}: r_max 1 and d_max 0 make it plain batch norm")
+            raise ValueError(
+                f"{name} is {value}, expected {name} >= {least}: r_max 1 and d_max 0 make it plain batch norm"
+            )
 
 
 def weights(value: Array | None, x: Array) -> Array | None:
     if value is None:
         return None
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"weights is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray(weights)")
+        raise TypeError(
+            f"weights is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray(weights)"
+        )
     if not (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.bool_):
-        raise TypeError(f"weights has dtype {value.dtype}, expected bool or floating: cast it, weights.astype(bool)")
+        raise TypeError(
+            f"weights has dtype {value.dtype}, expected bool or floating: cast it, weights.astype(bool)"
+        )
     shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
     if len(shape) != x.ndim or any(w not in (1, n) for w, n in zip(shape, x.shape, strict=True)):
         raise ValueError(
@@ -132,19 +156,25 @@ def residual(value: Array | None, x: Array) -> Array | None:
         return None
     value = array(value, "residual")
     if value.shape != x.shape:
-        raise ValueError(f"residual has shape {value.shape}, expected that of x, {x.shape}: it is added, not broadcast")
+        raise ValueError(
+            f"residual has shape {value.shape}, expected that of x, {x.shape}: it is added, not broadcast"
+        )
     return value
 
 
 def activation(value: Any) -> Any:
     if value is not None and not callable(value):
-        raise TypeError(f"activation is {value!r}, expected None or an elementwise function such as jax.nn.relu")
+        raise TypeError(
+            f"activation is {value!r}, expected None or an elementwise function such as jax.nn.relu"
+        )
     return value
 
 
 def implementation(value: str | None) -> str | None:
     if value is not None and value not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {value!r}, expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise ValueError(
+            f"implementation is {value!r}, expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
     return value
 
 
@@ -160,11 +190,15 @@ def mapped_axis(axis_name: Hashable | None) -> None:
             ) from error
 
 
-def groups(value: Sequence[Sequence[int]] | None, axis_name: Hashable | None) -> tuple[tuple[int, ...], ...] | None:
+def groups(
+    value: Sequence[Sequence[int]] | None, axis_name: Hashable | None
+) -> tuple[tuple[int, ...], ...] | None:
     if value is None:
         return None
     if axis_name is None:
-        raise ValueError(f"axis_index_groups is {value!r} but axis_name is None: groups are of indices along axis_name")
+        raise ValueError(
+            f"axis_index_groups is {value!r} but axis_name is None: groups are of indices along axis_name"
+        )
     return tuple(tuple(operator.index(index) for index in group) for group in value)
 
 
@@ -179,7 +213,11 @@ def nonempty(x: Array, axis: tuple[int, ...]) -> int:
 
 
 def batch(
-    x: Array, axis: tuple[int, ...], weights: Array | None, axis_name: Hashable | None, virtual_batch_size: int | None
+    x: Array,
+    axis: tuple[int, ...],
+    weights: Array | None,
+    axis_name: Hashable | None,
+    virtual_batch_size: int | None,
 ) -> None:
     """Enough values per feature for a variance."""
     count = nonempty(x, axis)
@@ -188,7 +226,9 @@ def batch(
     if axis_name is not None:
         return
     if x.ndim == 1:
-        raise ValueError(f"x has shape {x.shape}, rank 1: expected a batch axis, or axis_name (vmap over single examples)")
+        raise ValueError(
+            f"x has shape {x.shape}, rank 1: expected a batch axis, or axis_name (vmap over single examples)"
+        )
     if count == 1 and weights is None:
         raise ValueError(
             f"x has shape {x.shape}: one value per feature outside feature axis {axis}, whose variance is 0. "
@@ -202,9 +242,13 @@ def _virtual(size, x, axis):
     except TypeError:
         raise TypeError(f"virtual_batch_size is {size!r}, expected an int") from None
     if 0 in axis:
-        raise ValueError(f"virtual_batch_size {size} needs the batch at axis 0 of x, but axis {axis} makes that a feature axis")
+        raise ValueError(
+            f"virtual_batch_size {size} needs the batch at axis 0 of x, but axis {axis} makes that a feature axis"
+        )
     if size < 1 or x.shape[0] % size:
-        raise ValueError(f"virtual_batch_size is {size}, expected a positive divisor of the batch, {x.shape[0]}")
+        raise ValueError(
+            f"virtual_batch_size is {size}, expected a positive divisor of the batch, {x.shape[0]}"
+        )
     return size
 
 
@@ -225,7 +269,9 @@ def same_features(a: State | Moments, b: Moments) -> None:
 
 def _named_tuple(value, expected, name, mend):
     if not isinstance(value, expected):
-        raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.60}), expected jbn.{expected.__name__}: {mend}")
+        raise TypeError(
+            f"{name} is a {type(value).__name__} ({value!r:.60}), expected jbn.{expected.__name__}: {mend}"
+        )
 
 
 def _scalar(value, name):

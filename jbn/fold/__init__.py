@@ -1,7 +1,14 @@
 """Fold a batch norm in inference mode into the linear layer before or after it, and show that nothing changed."""
 
 from jbn.fold.certificate import Certificate, certify
-from jbn.fold.linear import FoldedNorm, fold_next, fold_nnx, fold_previous, fold_variables, kernel_axes
+from jbn.fold.linear import (
+    FoldedNorm,
+    fold_next,
+    fold_nnx,
+    fold_previous,
+    fold_variables,
+    kernel_axes,
+)
 from jbn.fold.pairs import Pair, find_pairs
 
 __all__ = [

@@ -12,7 +12,8 @@ class Certificate:
     """Largest difference of two functions, measured on given inputs and promised for nothing else.
 
     Attributes:
-        max_error: largest absolute difference of any output element; NaN if an output was not finite.
+        max_error: largest absolute difference of any output element; NaN if an output was not
+            finite.
         max_output: largest absolute value of the reference's outputs, to compare max_error with.
         inputs: how many inputs were tried.
     """
@@ -33,7 +34,8 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
 
     Args:
         reference: the model before.
-        candidate: the model after; may belong to another library, as long as NumPy reads its output.
+        candidate: the model after; may belong to another library, as long as NumPy reads its
+            output.
         inputs: arguments for both, such as batches of real data; all are tried.
 
     Raises:
@@ -43,11 +45,15 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
     for x in inputs:
         expected, found = (np.asarray(f(x)).astype(np.float64) for f in (reference, candidate))
         if expected.shape != found.shape:
-            raise ValueError(f"outputs of shape {expected.shape} and {found.shape}, expected the same")
+            raise ValueError(
+                f"outputs of shape {expected.shape} and {found.shape}, expected the same"
+            )
         # np.maximum keeps a NaN, max() may not.
         error = float(np.maximum(error, np.abs(expected - found).max(initial=0)))
         largest = float(np.maximum(largest, np.abs(expected).max(initial=0)))
         tried += 1
     if not tried:
-        raise ValueError("inputs is empty, expected at least one: a certificate says nothing without them")
+        raise ValueError(
+            "inputs is empty, expected at least one: a certificate says nothing without them"
+        )
     return Certificate(error, largest, tried)

@@ -13,20 +13,28 @@ from jbn.types import Params, State
 
 
 def fold_previous(
-    kernel: Array, bias: Array | None, params: Params, state: State, *, out_axis: int | Sequence[int] = -1, eps: float = 1e-5
+    kernel: Array,
+    bias: Array | None,
+    params: Params,
+    state: State,
+    *,
+    out_axis: int | Sequence[int] = -1,
+    eps: float = 1e-5,
 ) -> tuple[Array, Array]:
     """Fold a batch norm into the linear layer before it.
 
         gain = scale / sqrt(var + eps)        kernel *= gain        bias = (bias - mean) * gain + bias of the norm
 
-    Exact for dense layers and for convolutions of any padding, stride, dilation and number of groups, transposed or not.
+    Exact for dense layers and for convolutions of any padding, stride, dilation and number of
+    groups, transposed or not.
 
     Args:
         kernel: any rank.
         bias: the shape of the features, or None.
         params, state: of the batch norm.
-        out_axis: where the kernel holds the features: -1 for dense and HWIO, -2 for flax's ConvTranspose with
-            transpose_kernel, `kernel_axes(dimension_numbers)[1]` in general; several for DenseGeneral.
+        out_axis: where the kernel holds the features: -1 for dense and HWIO, -2 for flax's
+            ConvTranspose with transpose_kernel, `kernel_axes(dimension_numbers)[1]` in general;
+            several for DenseGeneral.
         eps: of the batch norm.
 
     Returns:
@@ -35,7 +43,9 @@ def fold_previous(
     Raises:
         ValueError: the kernel does not make these features.
     """
-    axes = tuple(sorted(a % kernel.ndim for a in ((out_axis,) if isinstance(out_axis, int) else out_axis)))
+    axes = tuple(
+        sorted(a % kernel.ndim for a in ((out_axis,) if isinstance(out_axis, int) else out_axis))
+    )
     features = tuple(kernel.shape[a] for a in axes)
     if features != state.mean.shape:
         raise ValueError(
@@ -59,15 +69,18 @@ def fold_next(
     groups: int = 1,
     eps: float = 1e-5,
 ) -> tuple[Array, Array]:
-    """Fold a batch norm into the linear layer after it; nothing, not even an activation, may stand between.
+    """Fold a batch norm into the linear layer after it; nothing, not even an activation, may stand
+    between.
 
-    Where the convolution pads, it pads with zeros *after* the norm, which no bias can imitate: only "VALID" is exact.
+    Where the convolution pads, it pads with zeros *after* the norm, which no bias can imitate: only
+    "VALID" is exact.
 
     Args:
         params, state: of the batch norm, features of rank 1.
         kernel, bias: of the layer after it.
         padding: of that layer: "VALID", or pairs of zeros; a dense layer has "VALID".
-        in_axis, out_axis: where the kernel holds the features it reads and makes (`kernel_axes(dimension_numbers)`).
+        in_axis, out_axis: where the kernel holds the features it reads and makes
+            (`kernel_axes(dimension_numbers)`).
         groups: feature_group_count.
         eps: of the batch norm.
 
@@ -77,28 +90,40 @@ def fold_next(
     Raises:
         ValueError: the layer pads, or the kernel does not read these features.
     """
-    if not (padding == "VALID" or (not isinstance(padding, str) and not any(sum(pair) for pair in padding))):
-        raise ValueError(f"padding is {padding!r}, expected 'VALID': zeros added after the batch norm cannot be folded")
+    if not (
+        padding == "VALID"
+        or (not isinstance(padding, str) and not any(sum(pair) for pair in padding))
+    ):
+        raise ValueError(
+            f"padding is {padding!r}, expected 'VALID': zeros added after the batch norm cannot be folded"
+        )
     moved = jnp.moveaxis(kernel, (in_axis, out_axis), (-2, -1))  # [..., in / groups, out]
     *window, read, made = moved.shape
     if state.mean.shape != (read * groups,) or made % groups:
         raise ValueError(
             f"kernel {kernel.shape} with {groups=} reads {read * groups} features, the batch norm has {state.mean.shape}"
         )
-    gain, shift = (v.reshape(groups, read).T[:, :, None] for v in _affine(params, state, eps))  # [in / groups, groups, 1]
+    gain, shift = (
+        v.reshape(groups, read).T[:, :, None] for v in _affine(params, state, eps)
+    )  # [in / groups, groups, 1]
     grouped = moved.astype(gain.dtype).reshape(*window, read, groups, made // groups)
     lead = tuple(range(len(window)))
     added = (grouped * jnp.expand_dims(shift, lead)).sum((*lead, -3)).reshape(made)
     scaled = (grouped * jnp.expand_dims(gain, lead)).reshape(moved.shape)
     added = added if bias is None else bias.astype(gain.dtype) + added
-    return jnp.moveaxis(scaled, (-2, -1), (in_axis, out_axis)).astype(kernel.dtype), added.astype(kernel.dtype)
+    return jnp.moveaxis(scaled, (-2, -1), (in_axis, out_axis)).astype(kernel.dtype), added.astype(
+        kernel.dtype
+    )
 
 
-def kernel_axes(dimension_numbers: Any, ndim: int, *, transpose_kernel: bool = False) -> tuple[int, int]:
+def kernel_axes(
+    dimension_numbers: Any, ndim: int, *, transpose_kernel: bool = False
+) -> tuple[int, int]:
     """(axis the kernel reads, axis it makes features along).
 
     Args:
-        dimension_numbers: as in `lax.conv_general_dilated`: ("NHWC", "HWIO", "NHWC"), ConvDimensionNumbers, or None.
+        dimension_numbers: as in `lax.conv_general_dilated`: ("NHWC", "HWIO", "NHWC"),
+            ConvDimensionNumbers, or None.
         ndim: rank of the input.
         transpose_kernel: as in `lax.conv_transpose`.
     """
@@ -115,11 +140,12 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
         pairs: which norms, and into what; `find_pairs` finds them.
 
     Returns:
-        Variables without these norms, in which each layer has a bias: for the same model built with `FoldedNorm` and
-        use_bias=True. Everything else is untouched.
+        Variables without these norms, in which each layer has a bias: for the same model built with
+        `FoldedNorm` and use_bias=True. Everything else is untouched.
 
     Raises:
-        ValueError: a path that is not there, a layer or norm named twice, or shapes that do not fit.
+        ValueError: a path that is not there, a layer or norm named twice, or shapes that do not
+            fit.
 
     Certify the result: `certify(before, after, inputs)`.
     """
@@ -131,10 +157,16 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
     learned = dict(variables["params"] if linen else variables)
     remembered = dict(variables["batch_stats"] if linen else variables)
     for pair in pairs:
-        norm, moments, layer = _at(learned, pair.norm, {}), _at(remembered, pair.norm), _at(learned, pair.layer)
+        norm, moments, layer = (
+            _at(learned, pair.norm, {}),
+            _at(remembered, pair.norm),
+            _at(learned, pair.layer),
+        )
         params = Params(norm.get("scale"), norm.get("bias"))
         state = State(moments["mean"], moments["var"], jnp.zeros((), jnp.int32))
-        kernel, bias = fold_previous(layer["kernel"], layer.get("bias"), params, state, out_axis=pair.out_axis, eps=pair.eps)
+        kernel, bias = fold_previous(
+            layer["kernel"], layer.get("bias"), params, state, out_axis=pair.out_axis, eps=pair.eps
+        )
         learned = _with(learned, pair.layer, {**layer, "kernel": kernel, "bias": bias})
         learned, remembered = _with(learned, pair.norm, None), _with(remembered, pair.norm, None)
     if not linen:
@@ -144,10 +176,12 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
 
 
 class FoldedNorm:
-    """What is left of a jbn BatchNorm once it is folded: the residual and the activation. Takes its place in linen and nnx.
+    """What is left of a jbn BatchNorm once it is folded: the residual and the activation. Takes its
+    place in linen and nnx.
 
     Args:
-        activation: as of the batch norm. Its other options, positional or not, no longer mean anything.
+        activation: as of the batch norm. Its other options, positional or not, no longer mean
+            anything.
     """
 
     def __init__(self, *_, activation: Callable[[Array], Array] | None = None, **__):
@@ -160,7 +194,8 @@ class FoldedNorm:
 
 
 def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
-    """A copy of an nnx model in which each norm of the pairs is folded and a `FoldedNorm` stands in its place.
+    """A copy of an nnx model in which each norm of the pairs is folded and a `FoldedNorm` stands in
+    its place.
 
     Raises:
         ValueError: as `fold_variables`.
@@ -200,7 +235,9 @@ def _at(tree, path, default=None):
         if key not in tree:
             if default is not None:
                 return default
-            raise ValueError(f"no {'/'.join(path)} in the variables, only {sorted(map(str, tree))} beside {key!r}")
+            raise ValueError(
+                f"no {'/'.join(path)} in the variables, only {sorted(map(str, tree))} beside {key!r}"
+            )
         tree = tree[key]
     return tree
 

@@ -1,7 +1,8 @@
 """Which batch norms of a model can be folded, read off the model's own computation.
 
-A name or the order of the layers would only suggest it.  The traced program shows it: the output of a convolution or dense
-layer goes into the batch norm and nowhere else, with at most its bias added between, and both are used once.
+A name or the order of the layers would only suggest it.  The traced program shows it: the output of
+a convolution or dense layer goes into the batch norm and nowhere else, with at most its bias added
+between, and both are used once.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ class Pair(NamedTuple):
     """A batch norm and the linear layer whose output it alone reads.
 
     Attributes:
-        layer: path of the convolution or dense layer, such as ("Block_0", "Conv_0"); it holds "kernel" and perhaps "bias".
+        layer: path of the convolution or dense layer, such as ("Block_0", "Conv_0"); it holds
+            "kernel" and perhaps "bias".
         norm: path of the batch norm.
         out_axis: axis of the kernel that makes the features of the norm.
         eps: of the batch norm.
@@ -49,9 +51,11 @@ def find_pairs(apply: Callable, variables: Any, *args: Any, eps: float = 1e-5) -
     """The foldable batch norms of a model, each with the layer before it, in the order they run.
 
     Args:
-        apply: function of (variables, *args) in inference mode, such as `lambda v, x: model.apply(v, x, train=False)`, or for
-            nnx, with graph, state = nnx.split(model), `lambda v, x: nnx.merge(graph, v)(x)`.
-        variables: linen's variables, or an nnx.State (or its pure dict) whose model is in eval mode.
+        apply: function of (variables, *args) in inference mode, such as `lambda v, x:
+            model.apply(v, x, train=False)`, or for nnx, with graph, state = nnx.split(model),
+            `lambda v, x: nnx.merge(graph, v)(x)`.
+        variables: linen's variables, or an nnx.State (or its pure dict) whose model is in eval
+            mode.
         args: inputs; their shapes are enough (jax.ShapeDtypeStruct).
         eps: of the batch norms, as it stands in the program only as a number.
 
@@ -61,33 +65,54 @@ def find_pairs(apply: Callable, variables: Any, *args: Any, eps: float = 1e-5) -
     closed = jax.make_jaxpr(apply)(variables, *args)
     paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
     uses, equations = Counter(), []
-    values = [_Value(frozenset({path}), False, _shape(v)) for path, v in zip(paths, closed.jaxpr.invars, strict=False)]
+    values = [
+        _Value(frozenset({path}), False, _shape(v))
+        for path, v in zip(paths, closed.jaxpr.invars, strict=False)
+    ]
     values += [_Value(frozenset(), True, _shape(v)) for v in closed.jaxpr.invars[len(paths) :]]
     for out in _walk(closed.jaxpr, closed.consts, values, uses, equations):
         uses[out] += 1
     pairs = []
     for norm, readers in _readers(equations).items():
-        layers = {pair for value in _operands(readers) if (pair := _pair(value, norm, uses, eps)) is not None}
+        layers = {
+            pair
+            for value in _operands(readers)
+            if (pair := _pair(value, norm, uses, eps)) is not None
+        }
         if len(readers) == 1 and len(layers) == 1:
             pairs += layers
     folded = Counter(pair.layer for pair in pairs)
     return tuple(pair for pair in pairs if folded[pair.layer] == 1)
 
 
-def _walk(jaxpr: Jaxpr, consts: Iterable, values: Iterable[_Value], uses: Counter, equations: list) -> list[_Value]:
+def _walk(
+    jaxpr: Jaxpr, consts: Iterable, values: Iterable[_Value], uses: Counter, equations: list
+) -> list[_Value]:
     """Follow a program, wrapped programs included; the values of its outputs."""
     env = dict(zip(jaxpr.invars, values, strict=True))
-    env.update((var, _Value(frozenset(), False, _shape(var))) for var, _ in zip(jaxpr.constvars, consts, strict=True))
+    env.update(
+        (var, _Value(frozenset(), False, _shape(var)))
+        for var, _ in zip(jaxpr.constvars, consts, strict=True)
+    )
     read = lambda v: _Value(frozenset(), False, _shape(v)) if isinstance(v, Literal) else env[v]
     for equation in jaxpr.eqns:
         operands = tuple(map(read, equation.invars))
         inner = _wrapped(equation)
         if inner is not None:
-            env.update(zip(equation.outvars, _walk(inner.jaxpr, inner.consts, operands, uses, equations), strict=True))
+            env.update(
+                zip(
+                    equation.outvars,
+                    _walk(inner.jaxpr, inner.consts, operands, uses, equations),
+                    strict=True,
+                )
+            )
             continue
         uses.update(operands)
         variables = frozenset().union(*(value.variables for value in operands))
-        made = [_Value(variables, any(o.data for o in operands), _shape(v), equation, operands) for v in equation.outvars]
+        made = [
+            _Value(variables, any(o.data for o in operands), _shape(v), equation, operands)
+            for v in equation.outvars
+        ]
         env.update(zip(equation.outvars, made, strict=True))
         equations.append(made[0])
     return [read(v) for v in jaxpr.outvars]
@@ -155,7 +180,11 @@ def _linear(value, norm, bias, uses, eps):
             return None
         kernel = kernel.operands[0]
     (path,) = kernel.variables
-    if path[-1] != "kernel" or uses[kernel] != 1 or (bias is not None and bias != (*path[:-1], "bias")):
+    if (
+        path[-1] != "kernel"
+        or uses[kernel] != 1
+        or (bias is not None and bias != (*path[:-1], "bias"))
+    ):
         return None
     return Pair(path[:-1], norm, axis - len(kernel.shape), eps)
 
@@ -163,7 +192,11 @@ def _linear(value, norm, bias, uses, eps):
 def _out_axis(equation):
     """Axis of the second operand along which the linear operation makes features; None if there is no single one."""
     if str(equation.primitive) == "conv_general_dilated":
-        return equation.params["dimension_numbers"].rhs_spec[0] if equation.params["batch_group_count"] == 1 else None
+        return (
+            equation.params["dimension_numbers"].rhs_spec[0]
+            if equation.params["batch_group_count"] == 1
+            else None
+        )
     (_, contracted), (_, batch) = equation.params["dimension_numbers"]
     free = [a for a in range(len(equation.invars[1].aval.shape)) if a not in (*contracted, *batch)]
     return free[0] if len(free) == 1 else None

@@ -10,10 +10,18 @@ from jbn.health.reports import model_report
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report of a checkpoint; returns 1 if there are warnings, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m jbn.health", description="Report on the batch norms of a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="an orbax folder, or a file of flax.serialization")
-    parser.add_argument("--plot", type=Path, metavar="OUT.PNG", help="draw the numbers of all channels")
-    parser.add_argument("--eps", type=float, default=1e-5, help="of the layers, default %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m jbn.health", description="Report on the batch norms of a checkpoint."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="an orbax folder, or a file of flax.serialization"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.PNG", help="draw the numbers of all channels"
+    )
+    parser.add_argument(
+        "--eps", type=float, default=1e-5, help="of the layers, default %(default)s"
+    )
     arguments = parser.parse_args(argv)
     try:
         result = model_report(checkpoints.load(arguments.checkpoint), eps=arguments.eps)

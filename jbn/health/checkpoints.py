@@ -10,7 +10,8 @@ from flax import nnx, serialization
 
 from jbn.types import Params, State
 
-# Collections that hold statistics; the parameters of the same layer lie in "params" instead, or beside the statistics.
+# Collections that hold statistics; the parameters of the same layer lie in "params" instead, or
+# beside the statistics.
 _STATISTICS = ("batch_stats", "state")
 
 
@@ -28,8 +29,8 @@ def find(variables: Any) -> dict[str, Layer]:
     """The layers of a tree, by path: wherever there are both a mean and a var.
 
     Args:
-        variables: linen variables, an nnx module or state, or any nesting of mappings, sequences and named tuples that holds
-            these or (params, state) of `jbn.init`.
+        variables: linen variables, an nnx module or state, or any nesting of mappings, sequences
+            and named tuples that holds these or (params, state) of `jbn.init`.
 
     Returns:
         A dict from the path, joined by "/", to the layer.
@@ -41,9 +42,13 @@ def find(variables: Any) -> dict[str, Layer]:
         if path[-1:] != ("mean",) or (*at, "var") not in leaves:
             continue
         learned = tuple("params" if key in _STATISTICS else key for key in at)
-        scale, bias = (leaves.get((*learned, name), leaves.get((*at, name))) for name in ("scale", "bias"))
+        scale, bias = (
+            leaves.get((*learned, name), leaves.get((*at, name))) for name in ("scale", "bias")
+        )
         name = "/".join(key for key in at if key not in _STATISTICS) or "layer"
-        layers[name] = Layer(scale, bias, leaves[path], leaves[*at, "var"], leaves.get((*at, "count")))
+        layers[name] = Layer(
+            scale, bias, leaves[path], leaves[*at, "var"], leaves.get((*at, "count"))
+        )
     return layers
 
 
@@ -59,7 +64,9 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there, expected an orbax folder or a flax msgpack file")
+        raise FileNotFoundError(
+            f"{path} is not there, expected an orbax folder or a flax msgpack file"
+        )
     if path.is_file():
         try:
             return serialization.msgpack_restore(path.read_bytes())
@@ -68,10 +75,14 @@ def load(path: str | Path) -> Any:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} is a folder, which takes orbax to read: pip install 'jbn[examples]'") from error
+        raise ModuleNotFoundError(
+            f"{path} is a folder, which takes orbax to read: pip install 'jbn[examples]'"
+        ) from error
     roots = sorted(found.parent for found in path.rglob("_METADATA"))
     if len(roots) != 1:
-        raise ValueError(f"{path} holds {len(roots)} orbax trees, expected one: name the folder of a single step")
+        raise ValueError(
+            f"{path} holds {len(roots)} orbax trees, expected one: name the folder of a single step"
+        )
     checkpointer = ocp.PyTreeCheckpointer()
     metadata: Any = checkpointer.metadata(roots[0]).item_metadata
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
@@ -105,5 +116,8 @@ def _children(node):
     if not isinstance(node, Mapping):
         return {}
     fields = [set(_children(child)) for child in node.values()]
-    is_pair = list(map(str, node)) == ["0", "1"] and fields == [set(Params._fields), set(State._fields)]
+    is_pair = list(map(str, node)) == ["0", "1"] and fields == [
+        set(Params._fields),
+        set(State._fields),
+    ]
     return dict(zip(("params", "state"), node.values(), strict=True)) if is_pair else node

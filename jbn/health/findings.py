@@ -11,16 +11,21 @@ class Limits(NamedTuple):
     """From where on a number is a warning. They are judgements, each with its reason here.
 
     Attributes:
-        drift: |batch mean - running mean| in running standard deviations, beyond sampling noise (4 / sqrt(count)).
-        spread: factor between the batch's and the running standard deviation, either way, beyond the same noise.
-        constant: standard deviation of the normalized value (1 in a working channel) up to which the channel is dead.
+        drift: |batch mean - running mean| in running standard deviations, beyond sampling noise (4
+            / sqrt(count)).
+        spread: factor between the batch's and the running standard deviation, either way, beyond
+            the same noise.
+        constant: standard deviation of the normalized value (1 in a working channel) up to which
+            the channel is dead.
         shrunk: the same, below which eps is felt: 0.9 is a variance of 4.3 eps.
-        ratio: |mean| / std: at 100, bfloat16 rounds the input by 0.1 standard deviations, and E[x^2] - E[x]^2 in float32
-            is off by about 1e-3 of the variance.
+        ratio: |mean| / std: at 100, bfloat16 rounds the input by 0.1 standard deviations, and
+            E[x^2] - E[x]^2 in float32 is off by about 1e-3 of the variance.
         scale: |scale| beside the layer's largest; a thousandth is less than bfloat16 adds to a sum.
-        one_sided: distance of the output from zero in its own standard deviations; 3e-5 of normal values cross 4.
+        one_sided: distance of the output from zero in its own standard deviations; 3e-5 of normal
+            values cross 4.
         start: weight that the initial values still have in the running averages.
-        replicas: difference between replicas, in running standard deviations (or of the largest parameter).
+        replicas: difference between replicas, in running standard deviations (or of the largest
+            parameter).
     """
 
     drift: float = 0.5
@@ -41,7 +46,8 @@ class Finding:
     Attributes:
         layer: path of the layer, joined by "/".
         kind: such as "drift" or "dead".
-        channels: the indices concerned, ints (tuples where the features have several axes); () for the layer as a whole.
+        channels: the indices concerned, ints (tuples where the features have several axes); () for
+            the layer as a whole.
         what: what was measured.
         remedy: what to do about it.
     """
@@ -53,29 +59,37 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.layer}{_named(self.channels)}: {self.kind}: {self.what}. Remedy: {self.remedy}."
+        return (
+            f"{self.layer}{_named(self.channels)}: {self.kind}: {self.what}. Remedy: {self.remedy}."
+        )
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What was measured of one layer. Arrays are float64 of the shape of the features; None where a thing is not known.
+    """What was measured of one layer. Arrays are float64 of the shape of the features; None where a
+    thing is not known.
 
     Attributes:
         layer: its path.
         scale, bias, mean, var: its variables (of the first replica, where there are several).
         eps: of the layer.
         updates: batches folded into the state; flax trees do not count them.
-        start_weight: what the initial values weigh in the running averages, momentum^updates; None unless both are known.
+        start_weight: what the initial values weigh in the running averages, momentum^updates; None
+            unless both are known.
         nonfinite: how many values are not finite, by name, over all replicas.
         finite: bool, whether all the values of a channel are finite in all replicas.
         count: values per channel behind the moments; None without moments, as drift and spread.
         drift: (batch mean - running mean) / running standard deviation.
         spread: batch standard deviation / running standard deviation.
-        input_var: variance of the input, of the batch if its moments are known, else the running one.
-        signal: standard deviation of the normalized value in training, sqrt(input_var / (input_var + eps)).
+        input_var: variance of the input, of the batch if its moments are known, else the running
+            one.
+        signal: standard deviation of the normalized value in training, sqrt(input_var / (input_var
+            + eps)).
         ratio: |running mean| / running standard deviation.
-        one_sided: mean of the output in its own standard deviations: of the batch in evaluation, or in training.
-        disagreement: by replica, the largest distance from the median one; None where there is only one.
+        one_sided: mean of the output in its own standard deviations: of the batch in evaluation, or
+            in training.
+        disagreement: by replica, the largest distance from the median one; None where there is only
+            one.
     """
 
     layer: str
@@ -100,7 +114,11 @@ class Numbers:
     @property
     def never_updated(self) -> bool:
         """By the count, or where there is none, by values that are exactly those of initialization."""
-        return self.updates == 0 if self.updates is not None else bool((self.mean == 0).all() and (self.var == 1).all())
+        return (
+            self.updates == 0
+            if self.updates is not None
+            else bool((self.mean == 0).all() and (self.var == 1).all())
+        )
 
 
 def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:
@@ -132,16 +150,30 @@ def _broken(m) -> Iterator[Finding]:
     negative = m.finite & (m.var < 0)
     if negative.any():
         remedy = "the variables are damaged or were converted wrongly: convert them again with jbn.convert"
-        yield _finding(m, "negative variance", negative, f"running variance {_range(m.var[negative])}", remedy)
+        yield _finding(
+            m, "negative variance", negative, f"running variance {_range(m.var[negative])}", remedy
+        )
 
 
 def _updates(m, limits) -> Iterator[Finding]:
     if m.never_updated:
         remedy = "keep the state that training returns (linen: mutable=['batch_stats']; nnx: model.train()), or recalibrate"
-        yield Finding(m.layer, "never updated", (), "the running statistics are those of initialization", remedy)
+        yield Finding(
+            m.layer,
+            "never updated",
+            (),
+            "the running statistics are those of initialization",
+            remedy,
+        )
     elif m.start_weight is not None and m.start_weight > limits.start:
         what = f"the initial values still weigh {m.start_weight:.0%} after {m.updates} updates"
-        yield Finding(m.layer, "few updates", (), what, "train longer, lower the momentum, or recalibrate with jbn.recalibrate")
+        yield Finding(
+            m.layer,
+            "few updates",
+            (),
+            what,
+            "train longer, lower the momentum, or recalibrate with jbn.recalibrate",
+        )
 
 
 def _drift(m, limits, alive) -> Iterator[Finding]:
@@ -149,7 +181,9 @@ def _drift(m, limits, alive) -> Iterator[Finding]:
         return
     noise = 4 / np.sqrt(m.count)
     wider = np.abs(np.log(np.maximum(m.spread, np.finfo(float).tiny)))
-    moved = alive & ((np.abs(m.drift) > limits.drift + noise) | (wider > np.log(limits.spread) + noise))
+    moved = alive & (
+        (np.abs(m.drift) > limits.drift + noise) | (wider > np.log(limits.spread) + noise)
+    )
     if moved.any():
         what = (
             f"the mean of this batch is up to {np.abs(m.drift[moved]).max():.3g} running standard deviations from the running "
@@ -169,11 +203,19 @@ def _variance(m, limits, dead, alive) -> Iterator[Finding]:
             "look at the layer before, whose unit always gives the same value (a ReLU that never opens, an input that is never "
             "used): prune the channel or initialize its weights again"
         )
-        yield _finding(m, "dead", dead, f"the input does not vary, {what} {_range(m.input_var[dead])}", remedy)
+        yield _finding(
+            m, "dead", dead, f"the input does not vary, {what} {_range(m.input_var[dead])}", remedy
+        )
     shrunk = alive & (m.signal < limits.shrunk)
     if shrunk.any():
         remedy = "enlarge the weights of the layer before, or lower eps if such small values matter"
-        yield _finding(m, "variance near eps", shrunk, f"{what} {_range(m.input_var[shrunk])}, eps {m.eps:g}", remedy)
+        yield _finding(
+            m,
+            "variance near eps",
+            shrunk,
+            f"{what} {_range(m.input_var[shrunk])}, eps {m.eps:g}",
+            remedy,
+        )
 
 
 def _precision(m, limits, alive) -> Iterator[Finding]:
@@ -183,7 +225,9 @@ def _precision(m, limits, alive) -> Iterator[Finding]:
             "take away the constant that the layer before adds, and keep this layer's input in float32; jbn's float32 "
             "statistics are exact here, one-pass implementations lose the variance"
         )
-        yield _finding(m, "cancellation", lossy, f"|mean| / std is {_range(m.ratio[lossy])}", remedy)
+        yield _finding(
+            m, "cancellation", lossy, f"|mean| / std is {_range(m.ratio[lossy])}", remedy
+        )
 
 
 def _output(m, limits, prunable, judged) -> Iterator[Finding]:

@@ -42,12 +42,24 @@ class ModelReport:
         return tuple(finding for layer in self.layers for finding in layer.findings)
 
     def __str__(self) -> str:
-        rows = [("layer", "channels", "updates", "max drift", "min signal", "max |mean|/std", "not finite")]
+        rows = [
+            (
+                "layer",
+                "channels",
+                "updates",
+                "max drift",
+                "min signal",
+                "max |mean|/std",
+                "not finite",
+            )
+        ]
         rows += map(_row, self.layers)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"WARNING {finding}" for finding in self.findings]
-        return "\n".join([*lines, f"{len(self.findings)} warning{'' if len(self.findings) == 1 else 's'}"])
+        return "\n".join(
+            [*lines, f"{len(self.findings)} warning{'' if len(self.findings) == 1 else 's'}"]
+        )
 
 
 def report(
@@ -66,39 +78,53 @@ def report(
     Args:
         params: scale and bias, or None for either.
         state: the running statistics; a count of None is one that is not known.
-        moments: of a batch of the layer's input, as from `jbn.moments`: adds drift, and lets dead and one-sided channels be
-            judged by that batch. Sampling noise is allowed for as if its values were independent.
+        moments: of a batch of the layer's input, as from `jbn.moments`: adds drift, and lets dead
+            and one-sided channels be judged by that batch. Sampling noise is allowed for as if its
+            values were independent.
         eps: of the layer.
-        momentum: of the layer, to judge what the initial values still weigh after state.count updates.
+        momentum: of the layer, to judge what the initial values still weigh after state.count
+            updates.
         layer: the name to report it by.
-        stacked: the leading axis of every variable counts replicas, as pmap returns them; `moments` has no such axis. Without
-            it, replicas are compared where an array is replicated over several devices of this process.
+        stacked: the leading axis of every variable counts replicas, as pmap returns them; `moments`
+            has no such axis. Without it, replicas are compared where an array is replicated over
+            several devices of this process.
         limits: from where on to warn.
 
     Returns:
         A LayerReport.
 
     Raises:
-        TypeError: not Params, State and Moments.  ValueError: shapes that differ, eps <= 0 or momentum outside [0, 1].
+        TypeError: not Params, State and Moments.  ValueError: shapes that differ, eps <= 0 or
+            momentum outside [0, 1].
     """
     validate.epsilon(eps)
     validate.update(momentum)
     if not isinstance(params, Params) or not isinstance(state, State):
-        raise TypeError(f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and jbn.State")
-    replicas = {name: _replicas(v, stacked) for name, v in (params._asdict() | state._asdict()).items() if v is not None}
+        raise TypeError(
+            f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and jbn.State"
+        )
+    replicas = {
+        name: _replicas(v, stacked)
+        for name, v in (params._asdict() | state._asdict()).items()
+        if v is not None
+    }
     _check(replicas, moments)
     with np.errstate(all="ignore"):
         numbers = _numbers(replicas, moments, layer, float(eps), momentum)
     return LayerReport(**vars(numbers), findings=findings(numbers, limits))
 
 
-def model_report(variables: Any, moments: Mapping[str, Moments] | None = None, **options: Any) -> ModelReport:
+def model_report(
+    variables: Any, moments: Mapping[str, Moments] | None = None, **options: Any
+) -> ModelReport:
     """Look at every batch norm of a model.
 
     Args:
-        variables: linen variables, an nnx module or state, or any nesting of mappings and sequences that holds these or the
-            (params, state) of `jbn.init`, such as a restored checkpoint. A layer is wherever there are a mean and a var.
-        moments: of the inputs of those layers for which they are known, by the layer's name in the report.
+        variables: linen variables, an nnx module or state, or any nesting of mappings and sequences
+            that holds these or the (params, state) of `jbn.init`, such as a restored checkpoint. A
+            layer is wherever there are a mean and a var.
+        moments: of the inputs of those layers for which they are known, by the layer's name in the
+            report.
         options: the keyword arguments of `report`, for all layers.
 
     Returns:
@@ -109,28 +135,43 @@ def model_report(variables: Any, moments: Mapping[str, Moments] | None = None, *
     """
     found = checkpoints.find(variables)
     if not found:
-        raise ValueError("no batch norm in these variables, expected somewhere both a mean and a var: pass batch_stats too")
+        raise ValueError(
+            "no batch norm in these variables, expected somewhere both a mean and a var: pass batch_stats too"
+        )
     moments = moments or {}
     if unknown := sorted(set(moments) - set(found)):
-        raise ValueError(f"moments of {unknown}, expected names among the layers found: {list(found)}")
+        raise ValueError(
+            f"moments of {unknown}, expected names among the layers found: {list(found)}"
+        )
     return ModelReport(
         tuple(
-            report(Params(v.scale, v.bias), State(v.mean, v.var, v.count), moments.get(name), layer=name, **options)
+            report(
+                Params(v.scale, v.bias),
+                State(v.mean, v.var, v.count),
+                moments.get(name),
+                layer=name,
+                **options,
+            )
             for name, v in found.items()
         )
     )
 
 
-def input_moments(model: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Moments]:
-    """The moments of what each batch norm of a linen model reads in one call: `model_report`'s second argument.
+def input_moments(
+    model: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, Moments]:
+    """The moments of what each batch norm of a linen model reads in one call: `model_report`'s
+    second argument.
 
     Args:
         model: of jbn's or Flax's BatchNorm; not to be called under jit.
         variables: of the model.
-        args, kwargs: of the call, such as (x, train=False). What evaluation reads is what the running statistics are for.
+        args, kwargs: of the call, such as (x, train=False). What evaluation reads is what the
+            running statistics are for.
 
     Returns:
-        A dict from the layer's name to its moments; of a layer called several times, of all its calls together.
+        A dict from the layer's name to its moments; of a layer called several times, of all its
+        calls together.
     """
     found = {}
 
@@ -158,11 +199,15 @@ def _check(replicas, moments):
     shape = replicas["mean"].shape[1:]
     for name, value in replicas.items():
         if name != "count" and value.shape[1:] != shape:
-            raise ValueError(f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the same layer")
+            raise ValueError(
+                f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the same layer"
+            )
     if moments is not None:
         validate.moments(moments)
         if moments.mean.shape != shape:
-            raise ValueError(f"moments have shape {moments.mean.shape}, expected {shape}: those of the layer's input")
+            raise ValueError(
+                f"moments have shape {moments.mean.shape}, expected {shape}: those of the layer's input"
+            )
 
 
 def _numbers(replicas, moments, layer, eps, momentum) -> Numbers:
@@ -218,7 +263,9 @@ def _disagreement(replicas):
 
 
 def _row(m):
-    worst = lambda values, pick: "-" if values is None or np.isnan(values).all() else f"{pick(values):.3g}"
+    worst = lambda values, pick: (
+        "-" if values is None or np.isnan(values).all() else f"{pick(values):.3g}"
+    )
     drift = None if m.drift is None else np.abs(m.drift)
     numbers = worst(drift, np.nanmax), worst(m.signal, np.nanmin), worst(m.ratio, np.nanmax)
     updates = "-" if m.updates is None else str(m.updates)

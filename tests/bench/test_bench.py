@@ -13,7 +13,20 @@ import numpy as np
 import pytest
 
 from jbn.bench import __main__ as bench
-from jbn.bench import cases, device, layers, op, parts, peers, pictures, report, resnet, seam, timing, traffic
+from jbn.bench import (
+    cases,
+    device,
+    layers,
+    op,
+    parts,
+    peers,
+    pictures,
+    report,
+    resnet,
+    seam,
+    timing,
+    traffic,
+)
 
 CASES = {
     "channels_last": cases.Case("images", (4, 6, 6, 8)),
@@ -70,7 +83,9 @@ def test_torch_agrees_with_float64(operation):
     tensors = [torch.tensor(np.asarray(a)) for a in (x, residual, dy)]
     leaves = [t.requires_grad_() for t in (*tensors[:2], torch.ones(8), torch.zeros(8))]
     mean, var = torch.zeros(8), torch.ones(8)
-    y, grads = peers_torch.function(problem)(leaves[0], leaves[1], tensors[2], leaves[2], leaves[3], mean, var)
+    y, grads = peers_torch.function(problem)(
+        leaves[0], leaves[1], tensors[2], leaves[2], leaves[3], mean, var
+    )
     expected_y, expected_dx = _expected(problem, x, residual, dy)
     np.testing.assert_allclose(y.detach(), expected_y, atol=1e-5)
     np.testing.assert_allclose(grads[0], expected_dx, atol=1e-5)
@@ -85,9 +100,13 @@ def test_both_norms_of_the_model_have_one_tree_and_one_loss():
     (init, step), (other_init, other_step) = (
         resnet.training(norm, blocks=(1,), dtype=jnp.float32) for norm in resnet.norms().values()
     )
-    assert jax.eval_shape(init, jax.random.key(0), images) == jax.eval_shape(other_init, jax.random.key(0), images)
+    assert jax.eval_shape(init, jax.random.key(0), images) == jax.eval_shape(
+        other_init, jax.random.key(0), images
+    )
     state = jax.jit(init)(jax.random.key(0), images)
-    loss, other_loss = (float(jax.jit(fn)(state, images, jnp.arange(4))[1]) for fn in (step, other_step))
+    loss, other_loss = (
+        float(jax.jit(fn)(state, images, jnp.arange(4))[1]) for fn in (step, other_step)
+    )
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert loss == pytest.approx(np.log(1000), rel=0.2)  # nothing learned yet
 
@@ -113,11 +132,17 @@ class _Clock:
 def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
     clock = _Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
-    contestants = [clock.contestant("a", 0.5), clock.contestant("b", 1.0), clock.contestant("c", 2.0)]
+    contestants = [
+        clock.contestant("a", 0.5),
+        clock.contestant("b", 1.0),
+        clock.contestant("c", 2.0),
+    ]
     one, rounds = timing._one, iter(range(100))
 
     def disturbed(*args):
-        clock.slowness = 10.0 if next(rounds) // 3 % 3 == 1 else 1.0  # every third round, for everybody
+        clock.slowness = (
+            10.0 if next(rounds) // 3 % 3 == 1 else 1.0
+        )  # every third round, for everybody
         return one(*args)
 
     monkeypatch.setattr(timing, "_one", disturbed)
@@ -126,17 +151,26 @@ def test_rounds_are_interleaved_and_ratios_survive_a_slow_spell(monkeypatch):
     assert timing.ratio(samples["a"], samples["b"]) == 0.5
     assert samples["b"].quartiles == (1, 1, 10)
     calls = clock.order[9:]  # after two of warm-up and one of calibration for each
-    found = [calls[start : start + 7] for start in range(0, len(calls), 7)]  # a: 1 + 2, b and c: 1 + 1, the first untimed
+    found = [
+        calls[start : start + 7] for start in range(0, len(calls), 7)
+    ]  # a: 1 + 2, b and c: 1 + 1, the first untimed
     assert [set(each) for each in found] == [{(name, r) for name in "abc"} for r in range(9)]
-    assert len(set(map(tuple, found))) > 3  # more than a rotation, in which the same one always comes before
+    assert (
+        len(set(map(tuple, found))) > 3
+    )  # more than a rotation, in which the same one always comes before
 
 
 def _profile(*planes):
-    event = lambda start, name, stats: types.SimpleNamespace(start_ns=start, name=name, stats=stats.items(), duration_ns=start)
+    event = lambda start, name, stats: types.SimpleNamespace(
+        start_ns=start, name=name, stats=stats.items(), duration_ns=start
+    )
     made = [
         types.SimpleNamespace(
             name=plane,
-            lines=[types.SimpleNamespace(name=n, events=[event(*e) for e in events]) for n, events in lines.items()],
+            lines=[
+                types.SimpleNamespace(name=n, events=[event(*e) for e in events])
+                for n, events in lines.items()
+            ],
         )
         for plane, lines in planes
     ]
@@ -144,11 +178,21 @@ def _profile(*planes):
 
 
 def test_profiles_of_gpu_and_tpu_are_read():
-    kernels = [(3e9, "k3", {"hlo_module": "jit_b"}), (1e9, "k1", {"hlo_module": "jit_a"}), (2e9, "memset", {})]
+    kernels = [
+        (3e9, "k3", {"hlo_module": "jit_b"}),
+        (1e9, "k1", {"hlo_module": "jit_a"}),
+        (2e9, "memset", {}),
+    ]
     gpu = ("/device:GPU:0", {"Stream #1": kernels, "XLA Ops": kernels})
     host = ("/host:CPU", {"python": kernels})
     assert timing.module_seconds(_profile(gpu, host)) == {"jit_a": [1.0], "jit_b": [3.0]}
-    tpu = ("/device:TPU:0", {"XLA Modules": [(4e9, "jit_a(123)", {})], "XLA Ops": [(1e9, "fusion", {"hlo_module": "jit_a"})]})
+    tpu = (
+        "/device:TPU:0",
+        {
+            "XLA Modules": [(4e9, "jit_a(123)", {})],
+            "XLA Ops": [(1e9, "fusion", {"hlo_module": "jit_a"})],
+        },
+    )
     assert timing.module_seconds(_profile(tpu)) == {"jit_a": [4.0]}
 
 
@@ -204,7 +248,10 @@ def _slower(make_layer, passes):
 
 def test_an_extra_pass_shows_in_traffic():
     problem = cases.Problem(cases.Case("dense", (4096, 256)), "bn_relu", "forward", "float32")
-    plain, slow = (traffic.layer_row("cpu", problem, make) for make in (layers.jbn_linen, _slower(layers.jbn_linen, 1)))
+    plain, slow = (
+        traffic.layer_row("cpu", problem, make)
+        for make in (layers.jbn_linen, _slower(layers.jbn_linen, 1))
+    )
     assert slow["moved_T"] > plain["moved_T"] + 0.9
 
 
@@ -222,8 +269,13 @@ def test_extra_passes_show_in_op():
 
 @pytest.mark.third_party
 def test_saved_residuals():
-    problem = cases.Problem(cases.Case("dense", (4096, 256)), "bn_relu", "forward_backward", "bfloat16")
-    jbn, flax = (traffic.layer_row("cpu", problem, make)["saved_T"] for make in (layers.jbn_linen, layers.flax_linen))
+    problem = cases.Problem(
+        cases.Case("dense", (4096, 256)), "bn_relu", "forward_backward", "bfloat16"
+    )
+    jbn, flax = (
+        traffic.layer_row("cpu", problem, make)["saved_T"]
+        for make in (layers.jbn_linen, layers.flax_linen)
+    )
     assert 1 <= jbn < 1.1  # x and vectors
     assert flax > 4
 
@@ -268,31 +320,62 @@ with open(path, "a", buffering=1) as file:
 
 
 def test_a_hang_and_a_crash_cost_one_row_each(monkeypatch):
-    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments])
+    monkeypatch.setattr(
+        device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments]
+    )
     rows = device.run_part("speed x", device.Limits(part=60, item=1.5))
     assert [row["case"] for row in rows] == ["item 0", "item 1", "item 2", "item 3"]
-    assert [row.get("status", "").split(":")[0] for row in rows] == ["", "hung", "ended with -6", ""]
+    assert [row.get("status", "").split(":")[0] for row in rows] == [
+        "",
+        "hung",
+        "ended with -6",
+        "",
+    ]
 
 
 def test_a_part_ends_when_its_time_is_up_and_when_it_cannot_begin(monkeypatch):
-    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments])
+    monkeypatch.setattr(
+        device, "_child", lambda *arguments: [sys.executable, "-c", _CHILD, *arguments]
+    )
     rows = device.run_part("speed x", device.Limits(part=2, item=60))
     assert [row.get("status") for row in rows] == [None, "time is up: 2 s"]
-    monkeypatch.setattr(device, "_child", lambda *arguments: [sys.executable, "-c", "import nowhere"])
+    monkeypatch.setattr(
+        device, "_child", lambda *arguments: [sys.executable, "-c", "import nowhere"]
+    )
     (row,) = device.run_part("speed x", device.Limits(part=60, item=60))
     assert row["status"] == "ended with 1: ModuleNotFoundError: No module named 'nowhere'"
 
 
 # --- what is printed ---
 
-_ROW = {"case": "bn/a", "mode": "eval", "dtype": "float32", "implementation": "", "peer": "flax.linen", "ratio_vs_flax": 1.0}
+_ROW = {
+    "case": "bn/a",
+    "mode": "eval",
+    "dtype": "float32",
+    "implementation": "",
+    "peer": "flax.linen",
+    "ratio_vs_flax": 1.0,
+}
 _ROW |= {"median_ms": 2.0, "times_roofline": 1.25, "part": "op"}
-_ROWS = [_ROW, _ROW | {"peer": "jbn", "implementation": "default", "ratio_vs_flax": 0.51234, "times_roofline": 0.75}]
+_ROWS = [
+    _ROW,
+    _ROW
+    | {
+        "peer": "jbn",
+        "implementation": "default",
+        "ratio_vs_flax": 0.51234,
+        "times_roofline": 0.75,
+    },
+]
 
 
 def test_table_is_aligned_and_json_comes_back(tmp_path):
     lines = report.table(_ROWS, ("case", "peer", "ratio_vs_flax")).splitlines()
-    assert lines == ["case  peer        ratio_vs_flax", "bn/a  flax.linen              1", "      jbn                0.5123"]
+    assert lines == [
+        "case  peer        ratio_vs_flax",
+        "bn/a  flax.linen              1",
+        "      jbn                0.5123",
+    ]
     assert report.markdown(_ROWS, ("case", "ratio_vs_flax")).splitlines()[-1] == "| bn/a | 0.5123 |"
     report.write_json(tmp_path / "rows.jsonl", _ROWS)
     assert report.read_json(tmp_path / "rows.jsonl") == _ROWS
@@ -300,16 +383,27 @@ def test_table_is_aligned_and_json_comes_back(tmp_path):
 
 def test_pictures_and_pages_are_written(tmp_path):
     speeds = [
-        {"part": f"speed {name}", "case": "fwd_stats 8x8", "dtype": "bfloat16", "implementation": name, "GB_per_s": 5.0}
+        {
+            "part": f"speed {name}",
+            "case": "fwd_stats 8x8",
+            "dtype": "bfloat16",
+            "implementation": name,
+            "GB_per_s": 5.0,
+        }
         for name in ("xla", "triton")
     ]
-    rows = [row | {"device": "cpu: 2 cores", "jax": "0", "date": "today"} for row in [*_ROWS, *speeds]]
+    rows = [
+        row | {"device": "cpu: 2 cores", "jax": "0", "date": "today"} for row in [*_ROWS, *speeds]
+    ]
     device.write(tmp_path, rows)
     assert "| bn/a | eval |" in (tmp_path / "results.md").read_text()
     assert report.read_json(tmp_path / "results.jsonl") == rows
     pictures.plot_traffic(
         tmp_path / "traffic.png",
-        [_ROW | {"target": "h200", "moved_T": 10.0, "bound_T": 8, "peer": peer} for peer in ("flax.linen", "jbn")],
+        [
+            _ROW | {"target": "h200", "moved_T": 10.0, "bound_T": 8, "peer": peer}
+            for peer in ("flax.linen", "jbn")
+        ],
         "title",
     )
     for name in ("op", "kernels", "traffic"):
@@ -320,7 +414,10 @@ def test_pictures_and_pages_are_written(tmp_path):
 def test_op_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     words = "bn_relu/stage4_narrow eval float32 jbn"
-    assert bench.main(["op", "--batch", "1", "--repeats", "3", "--filter", words, "--json", str(path)]) == 0
+    assert (
+        bench.main(["op", "--batch", "1", "--repeats", "3", "--filter", words, "--json", str(path)])
+        == 0
+    )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["peer"] for row in rows] == ["flax.linen", "jbn"]
     fields = {
@@ -343,7 +440,12 @@ def test_op_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.third_party
 def test_traffic_from_the_command_line(capsys, tmp_path):
-    assert bench.main(["traffic", "--target", "cpu", "--quick", "--plot", str(tmp_path / "traffic.png")]) == 0
+    assert (
+        bench.main(
+            ["traffic", "--target", "cpu", "--quick", "--plot", str(tmp_path / "traffic.png")]
+        )
+        == 0
+    )
     assert (tmp_path / "traffic.png").exists()
     out = capsys.readouterr().out
     assert "moved_T" in out

@@ -41,7 +41,8 @@ def test_loop_counts_its_trips_and_slices_are_charged_their_size():
         return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row) + carry), jnp.float32(1), x)[1]
 
     text = _compiled(rows, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-    # One row read and one written a trip; the rest is copies of the whole at entry and exit, and counters.
+    # One row read and one written a trip; the rest is copies of the whole at entry and exit, and
+    # counters.
     body = [op for op in hlo.operations(text) if op.times == SHAPE[0]]
     assert body
     assert 2 * TENSOR <= hlo.moved(body) < 4 * TENSOR
@@ -51,8 +52,12 @@ def test_conditional_counts_a_branch():
     def either(flag, x):
         return jax.lax.cond(flag, lambda x: jnp.sort(jnp.sin(x), axis=0), jnp.negative, x)
 
-    text = _compiled(either, jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct(SHAPE, jnp.float32))
-    dear, cheap, both = (_moved(text, branch=choice) for choice in (hlo.costliest, hlo.cheapest, hlo.every))
+    text = _compiled(
+        either, jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    )
+    dear, cheap, both = (
+        _moved(text, branch=choice) for choice in (hlo.costliest, hlo.cheapest, hlo.every)
+    )
     assert 2 * TENSOR <= cheap < dear
     assert both > dear
 
@@ -61,10 +66,16 @@ def test_collectives_are_counted_with_their_shapes():
     devices = targets.devices("cpu")
     mesh = jax.sharding.Mesh(devices, ("data",))
     summed = jax.shard_map(
-        lambda x: jax.lax.psum(x.sum(0), "data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P(), check_vma=False
+        lambda x: jax.lax.psum(x.sum(0), "data"),
+        mesh=mesh,
+        in_specs=jax.P("data"),
+        out_specs=jax.P(),
+        check_vma=False,
     )
     sharding = jax.NamedSharding(mesh, jax.P("data"))
-    text = _compiled(summed, jax.ShapeDtypeStruct((len(devices) * 4, 128), jnp.float32, sharding=sharding))
+    text = _compiled(
+        summed, jax.ShapeDtypeStruct((len(devices) * 4, 128), jnp.float32, sharding=sharding)
+    )
     expected = {} if len(devices) == 1 else {("all-reduce", "f32[128]"): 1}
     assert dict(hlo.collectives(text)) == expected
 
@@ -82,7 +93,8 @@ def test_matrix_product_is_told_apart():
 def test_custom_call_is_charged_operands_and_results():
     text = _entry(
         """  %x = f32[64,128]{1,0} parameter(0)
-  ROOT %call = (f32[64,128]{1,0}, f32[128]{0}) custom-call(%x), custom_call_target="tpu_custom_call", config={"body":"(("}"""
+  ROOT %call = (f32[64,128]{1,0}, f32[128]{0}) custom-call(%x),
+  custom_call_target="tpu_custom_call", config={"body":"(("}"""
     )
     (call,) = hlo.operations(text)
     assert (call.read, call.written, call.is_product) == (TENSOR, TENSOR + 512, False)
@@ -103,7 +115,8 @@ def test_on_chip_memory_of_a_tpu_is_free():
         """  %x = f32[64,128]{1,0:T(8,128)} parameter(0)
   %s = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
   %d = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%s)
-  ROOT %y = f32[64,128]{1,0:T(8,128)} fusion(%d), calls=%f, backend_config={"window_config":{"estimated_cycles":"123"}}"""
+  ROOT %y = f32[64,128]{1,0:T(8,128)} fusion(%d), calls=%f,
+  backend_config={"window_config":{"estimated_cycles":"123"}}"""
     )
     assert _moved(text) == 2 * TENSOR  # prefetched once, written once
     assert hlo.estimated_cycles(hlo.operations(text)) == 123
@@ -133,7 +146,10 @@ def test_both_spellings_of_a_conditional_and_a_bare_loop():
         "branch_computations={%cheap, %dear}",
         "loop": "ROOT %y = f32[64,128]{1,0} while(%x), condition=%test, body=%dear",
     }
-    texts = {key: _entry("  %x = f32[64,128]{1,0} parameter(0)\n  " + line, before=before) for key, line in lines.items()}
+    texts = {
+        key: _entry("  %x = f32[64,128]{1,0} parameter(0)\n  " + line, before=before)
+        for key, line in lines.items()
+    }
     assert {key: _moved(text) for key, text in texts.items()} == {
         "pred": 2 * TENSOR,
         "index": 2 * TENSOR,
@@ -191,7 +207,9 @@ def test_missing_compiler_names_the_extra(monkeypatch):
 
 
 def _needs(target):
-    return pytest.param(target, marks=pytest.mark.aot("libtpu" if target.startswith("v") else "jax_cuda13_plugin"))
+    return pytest.param(
+        target, marks=pytest.mark.aot("libtpu" if target.startswith("v") else "jax_cuda13_plugin")
+    )
 
 
 @pytest.mark.parametrize("target", [_needs(t) for t in ("h200", "a100", "v5e", "v5p", "v6e")])
@@ -208,6 +226,8 @@ def test_deviceless_mesh(topology):
     devices = targets.devices(topology)
     assert len(devices) == 256
     mesh = jax.sharding.Mesh(devices, ("data",))
-    x = jax.ShapeDtypeStruct((256 * 8, 512), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data")))
+    x = jax.ShapeDtypeStruct(
+        (256 * 8, 512), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data"))
+    )
     found = hlo.collectives(targets.compile_for(topology, lambda x: x.sum(0), x).as_text())
     assert found == {("all-reduce", "f32[512]"): 1}

@@ -30,13 +30,17 @@ def torch_or_skip():
 def batches(seed=0, shape=(16, 5, FEATURES)):
     """STEPS batches, channels last; another mean and scale per channel."""
     rng = np.random.default_rng(seed)
-    draw = lambda: rng.normal(size=shape) * np.linspace(0.5, 2, FEATURES) + np.linspace(-1, 1, FEATURES)
+    draw = lambda: (
+        rng.normal(size=shape) * np.linspace(0.5, 2, FEATURES) + np.linspace(-1, 1, FEATURES)
+    )
     return [draw().astype(np.float32) for _ in range(STEPS)]
 
 
 def learned(seed=5):
     rng = np.random.default_rng(seed)
-    return rng.uniform(0.5, 2, FEATURES).astype(np.float32), rng.normal(size=FEATURES).astype(np.float32)
+    return rng.uniform(0.5, 2, FEATURES).astype(np.float32), rng.normal(size=FEATURES).astype(
+        np.float32
+    )
 
 
 def layer(seed=7):
@@ -44,7 +48,9 @@ def layer(seed=7):
     rng = np.random.default_rng(seed)
     mean, var = rng.normal(size=FEATURES), rng.uniform(0.5, 3, FEATURES)
     params = jbn.Params(*map(jnp.asarray, learned()))
-    return params, jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(17))
+    return params, jbn.State(
+        jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(17)
+    )
 
 
 def evaluate(x, params, state, options):
@@ -189,7 +195,9 @@ def test_keras_evaluates_and_trains_the_same():
 
 def haiku_layer(ndim=3):
     haiku = need("haiku")
-    return haiku.transform_with_state(lambda x, is_training: haiku.BatchNorm(True, True, 0.99)(x, is_training))
+    return haiku.transform_with_state(
+        lambda x, is_training: haiku.BatchNorm(True, True, 0.99)(x, is_training)
+    )
 
 
 def test_haiku_evaluates_the_same_and_round_trips():
@@ -216,7 +224,9 @@ def test_haiku_training_goes_on_the_same_with_debiased_momentum():
     expected = convert.from_haiku(hk_params, hk_state)[1]
     exact, plain = start, train(batches(3), params, start, {"momentum": 0.99})
     for x in batches(3):
-        _, exact = jbn.batch_norm_train(x, params, exact, momentum=convert.debiased_momentum(0.99, exact.count))
+        _, exact = jbn.batch_norm_train(
+            x, params, exact, momentum=convert.debiased_momentum(0.99, exact.count)
+        )
     # Haiku's E[x^2] - E[x]^2 and 1 - 0.99^n in float32 each lose a digit.
     close(exact.mean, expected.mean, 1e-5)
     close(exact.var, expected.var, 1e-5)
@@ -228,7 +238,9 @@ def test_haiku_training_goes_on_the_same_with_debiased_momentum():
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 def test_equinox_evaluates_the_same_and_round_trips(mode):
     equinox = need("equinox")
-    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(FEATURES, "batch", mode=mode)
+    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
+        FEATURES, "batch", mode=mode
+    )
     params, state = layer()
     source, eqx_state = convert.to_equinox(params, state, source, eqx_state)
     back_params, back = convert.from_equinox(source, eqx_state)
@@ -239,13 +251,17 @@ def test_equinox_evaluates_the_same_and_round_trips(mode):
     if mode == "ema":
         same((back.mean, back.var), (state.mean, state.var))
     x = channels_first(batches(2)[0])
-    infer = jax.vmap(lambda x: source(x, eqx_state, inference=True), axis_name="batch", out_axes=(0, None))
+    infer = jax.vmap(
+        lambda x: source(x, eqx_state, inference=True), axis_name="batch", out_axes=(0, None)
+    )
     close(evaluate(x, params, state, convert.options(source)), infer(x)[0])
 
 
 def test_equinox_training_goes_on_the_same_with_debiased_momentum():
     equinox = need("equinox")
-    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(FEATURES, "batch", mode="batch", momentum=0.9)
+    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
+        FEATURES, "batch", mode="batch", momentum=0.9
+    )
     params, state = layer()
     source, eqx_state = convert.to_equinox(params, state, source, eqx_state)
     options = convert.options(source)
@@ -262,10 +278,16 @@ def test_equinox_training_goes_on_the_same_with_debiased_momentum():
 
 def test_equinox_starts_far_off_and_that_is_kept():
     equinox = need("equinox")
-    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(FEATURES, "batch", mode="batch")
+    source, eqx_state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
+        FEATURES, "batch", mode="batch"
+    )
     x = np.random.default_rng(0).normal(size=(4096, FEATURES)).astype(np.float32)
-    _, eqx_state = jax.vmap(source, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, eqx_state)
-    np.testing.assert_allclose(convert.from_equinox(source, eqx_state)[1].var, 99 + x.var(0), rtol=1e-4)
+    _, eqx_state = jax.vmap(source, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(
+        x, eqx_state
+    )
+    np.testing.assert_allclose(
+        convert.from_equinox(source, eqx_state)[1].var, 99 + x.var(0), rtol=1e-4
+    )
 
 
 def test_options_of_jbn_layers_and_of_nothing():

@@ -16,7 +16,11 @@ from jbn.convert import models
 pytestmark = pytest.mark.third_party
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 
-WIDTH, CLASSES, SIZE = 8, 10, 32  # an eighth of the width of ResNet-18: the same 62 modules at a 64th of the work
+WIDTH, CLASSES, SIZE = (
+    8,
+    10,
+    32,
+)  # an eighth of the width of ResNet-18: the same 62 modules at a 64th of the work
 
 
 class TorchBlock(torch.nn.Module):
@@ -31,7 +35,9 @@ class TorchBlock(torch.nn.Module):
         self.bn2 = torch.nn.BatchNorm2d(features)
         self.downsample = None
         if stride > 1:
-            self.downsample = torch.nn.Sequential(conv(features_in, features, 1, stride), torch.nn.BatchNorm2d(features))
+            self.downsample = torch.nn.Sequential(
+                conv(features_in, features, 1, stride), torch.nn.BatchNorm2d(features)
+            )
 
     def forward(self, x):
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -47,7 +53,10 @@ class TorchResNet18(torch.nn.Module):
         self.bn1 = torch.nn.BatchNorm2d(WIDTH)
         for stage in range(4):
             features, stride = WIDTH * 2**stage, 1 if stage == 0 else 2
-            blocks = TorchBlock(features // stride, features, stride), TorchBlock(features, features, 1)
+            blocks = (
+                TorchBlock(features // stride, features, stride),
+                TorchBlock(features, features, 1),
+            )
             setattr(self, f"layer{stage + 1}", torch.nn.Sequential(*blocks))
         self.fc = torch.nn.Linear(8 * WIDTH, CLASSES)
 
@@ -82,7 +91,9 @@ class ResNet18(nn.Module):
         norm = functools.partial(self.norm, use_running_average=True)
         conv = functools.partial(nn.Conv, use_bias=self.use_bias)
         x = conv(WIDTH, (7, 7), strides=2, padding=3, name="conv1")(images)
-        x = nn.max_pool(norm(activation=jax.nn.relu, name="bn1")(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(
+            norm(activation=jax.nn.relu, name="bn1")(x), (3, 3), (2, 2), ((1, 1), (1, 1))
+        )
         for stage in range(4):
             for block in range(2):
                 stride = 2 if stage > 0 and block == 0 else 1
@@ -116,7 +127,9 @@ def trained():
 def test_a_torch_resnet_converts_and_folds(trained):
     variables = models.from_torch_model(trained.state_dict())
     expected = jax.eval_shape(ResNet18().init, jax.random.key(0), images(0))
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected), "the converted tree is not the model's"
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected), (
+        "the converted tree is not the model's"
+    )
 
     def reference(x):
         with torch.no_grad():
@@ -129,7 +142,9 @@ def test_a_torch_resnet_converts_and_folds(trained):
     assert len(pairs) == 20
     folded_variables = fold.fold_variables(variables, pairs)
     assert set(folded_variables) == {"params"}
-    assert not any("bn" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(folded_variables))
+    assert not any(
+        "bn" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(folded_variables)
+    )
     after = ResNet18(norm=fold.FoldedNorm, use_bias=True)
     folded = fold.certify(reference, functools.partial(after.apply, folded_variables), inputs)
     print(f"converted: {converted}\nfolded: {folded}")

@@ -22,7 +22,10 @@ def draw(*shape, seed=0, mean=0.0, dtype="float32"):
 
 def layer(features, dtype="float32"):
     params, state = jbn.init(features, param_dtype=dtype)
-    return jbn.Params(draw(*params.scale.shape, seed=1, dtype=dtype), draw(*params.bias.shape, seed=2, dtype=dtype)), state
+    return jbn.Params(
+        draw(*params.scale.shape, seed=1, dtype=dtype),
+        draw(*params.bias.shape, seed=2, dtype=dtype),
+    ), state
 
 
 # (x's shape, axis, dtype, weights, residual, activation, mean of x)
@@ -51,7 +54,9 @@ def gradients(x, params, state, dy, dmean, dvar, *, momentum=0.0, **options):
     """Cotangents of x, params, residual and eps; the new state is the batch's own mean and biased variance."""
 
     def f(x, params, residual, eps):
-        y, new = jbn.batch_norm_train(x, params, state, momentum=momentum, residual=residual, eps=eps, **options)
+        y, new = jbn.batch_norm_train(
+            x, params, state, momentum=momentum, residual=residual, eps=eps, **options
+        )
         return y, new.mean, new.var
 
     residual = options.pop("residual", None)
@@ -59,7 +64,9 @@ def gradients(x, params, state, dy, dmean, dvar, *, momentum=0.0, **options):
     return vjp((dy, dmean, dvar))
 
 
-@pytest.mark.parametrize(("shape", "axis", "dtype", "weights", "residual", "activation", "mean"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "axis", "dtype", "weights", "residual", "activation", "mean"), CASES
+)
 def test_gradients_equal_the_oracle(shape, axis, dtype, weights, residual, activation, mean):
     """Into x, scale, bias, residual and eps, from y and from the returned state."""
     x, dy = draw(*shape, dtype=dtype, mean=mean), draw(*shape, seed=5, dtype=dtype)
@@ -69,12 +76,20 @@ def test_gradients_equal_the_oracle(shape, axis, dtype, weights, residual, activ
     common = {"axis": axis, "weights": draw_weights(weights, shape), "eps": 0.1}
     common["residual"] = draw(*shape, seed=4, dtype=dtype) if residual else None
     function = None if activation is None else getattr(jax.nn, activation)
-    dx, dparams, dresidual, deps = gradients(x, params, state, dy, dmean, dvar, activation=function, **common)
-    expected = oracle.backward(x, dy, *params, activation=activation, dmean=dmean, dvar=dvar, **common)
-    # Float32 sums of 16 terms of size 1; a bf16 or f16 result is rounded once, as is y, whose sign is relu's mask.
+    dx, dparams, dresidual, deps = gradients(
+        x, params, state, dy, dmean, dvar, activation=function, **common
+    )
+    expected = oracle.backward(
+        x, dy, *params, activation=activation, dmean=dmean, dvar=dvar, **common
+    )
+    # Float32 sums of 16 terms of size 1; a bf16 or f16 result is rounded once, as is y, whose sign
+    # is relu's mask.
     rounding = 1e-5 + 2 * float(jnp.finfo(dtype).eps) * (dtype != "float32")
     close = lambda a, b, tolerance: np.testing.assert_allclose(
-        np.asarray(a).astype(np.float64), b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max())
+        np.asarray(a).astype(np.float64),
+        b,
+        rtol=tolerance,
+        atol=tolerance * max(1, np.abs(b).max()),
     )
     assert dx.dtype == x.dtype
     close(dx, expected.x, rounding)
@@ -90,10 +105,20 @@ def test_gradients_through_given_statistics():
     x, dy, residual = draw(6, 5), draw(6, 5, seed=5), draw(6, 5, seed=4)
     params, _ = layer(5)
     mean, var = draw(5, seed=6), jnp.abs(draw(5, seed=7))
-    f = lambda x, mean, var, params, r: jbn.normalize(x, mean, var, params, eps=0.1, residual=r, activation=jax.nn.relu)
+    f = lambda x, mean, var, params, r: jbn.normalize(
+        x, mean, var, params, eps=0.1, residual=r, activation=jax.nn.relu
+    )
     dx, dmean, dvar, dparams, dresidual = jax.vjp(f, x, mean, var, params, residual)[1](dy)
-    expected = oracle.normalize_backward(x, dy, mean, var, *params, eps=0.1, residual=residual, activation="relu")
-    for actual, name in ((dx, "x"), (dmean, "mean"), (dvar, "var"), (*dparams[:1], "scale"), (dresidual, "residual")):
+    expected = oracle.normalize_backward(
+        x, dy, mean, var, *params, eps=0.1, residual=residual, activation="relu"
+    )
+    for actual, name in (
+        (dx, "x"),
+        (dmean, "mean"),
+        (dvar, "var"),
+        (*dparams[:1], "scale"),
+        (dresidual, "residual"),
+    ):
         np.testing.assert_allclose(actual, getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
@@ -107,7 +132,9 @@ def test_gradients_beside_a_masked_hole(hole, weights):
     params, state = layer(3)
     common = {"axis": (1,), "weights": weights, "eps": 0.1, "residual": residual}
     zeros = jnp.zeros(3)
-    dx, dparams, dresidual, _ = gradients(x, params, state, dy, zeros, zeros, activation=jax.nn.silu, **common)
+    dx, dparams, dresidual, _ = gradients(
+        x, params, state, dy, zeros, zeros, activation=jax.nn.silu, **common
+    )
     expected = oracle.backward(x, dy, *params, activation="silu", **common)
     assert not np.asarray(dx[2]).any()
     np.testing.assert_allclose(dx, expected.x, atol=1e-5)
@@ -123,14 +150,22 @@ def test_both_modes_agree_beside_a_masked_hole():
 
     def f(params, residual):
         y, new = jbn.batch_norm_train(
-            x, params, state, weights=weights, residual=residual, activation=jax.nn.silu, momentum=0.0
+            x,
+            params,
+            state,
+            weights=weights,
+            residual=residual,
+            activation=jax.nn.silu,
+            momentum=0.0,
         )
         return y, new.mean, new.var
 
     tangents = jax.tree.map(lambda a: draw(*a.shape, seed=8, dtype="float64"), (params, residual))
     out, t_out = jax.jvp(f, (params, residual), tangents)
     cotangents = jax.vjp(f, params, residual)[1](out)
-    dot = lambda a, b: sum(jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    dot = lambda a, b: sum(
+        jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
     np.testing.assert_allclose(dot(t_out, out), dot(cotangents, tangents), rtol=1e-12)
 
 
@@ -165,7 +200,10 @@ def test_check_grads(activation, add, weights):
     """Orders 1 and 2 in both modes against finite differences, y and state in x, params, residual and eps."""
     x, residual = draw(5, 2, dtype="float64"), draw(5, 2, seed=4, dtype="float64")
     params, state = layer(2, "float64")
-    options = {"weights": draw_weights(weights, x.shape), "activation": activation and getattr(jax.nn, activation)}
+    options = {
+        "weights": draw_weights(weights, x.shape),
+        "activation": activation and getattr(jax.nn, activation),
+    }
     if weights == "float":
         options["weights"] = options["weights"].astype("float64")
 
@@ -183,7 +221,9 @@ def test_a_closure_over_a_learned_value_is_differentiated():
     x, (params, state) = draw(6, 3), layer(3)
 
     def f(slope, x):
-        y, _ = jbn.batch_norm_train(x, params, state, activation=lambda z: jnp.where(z > 0, z, slope * z), eps=0.1)
+        y, _ = jbn.batch_norm_train(
+            x, params, state, activation=lambda z: jnp.where(z > 0, z, slope * z), eps=0.1
+        )
         return jnp.sin(y).sum()
 
     slope = jnp.float32(0.3)
@@ -215,7 +255,9 @@ def test_what_is_saved(capsys, activation, add, expected, remat):
     function = None if activation is None else getattr(jax.nn, activation)
 
     def f(x, params, residual):
-        y, _ = jbn.batch_norm_train(x, params, state, activation=function, residual=residual if add else None)
+        y, _ = jbn.batch_norm_train(
+            x, params, state, activation=function, residual=residual if add else None
+        )
         # Linear, so that it saves nothing itself.
         return y.sum(dtype=jnp.float32)
 
@@ -223,7 +265,10 @@ def test_what_is_saved(capsys, activation, add, expected, remat):
         f = jax.checkpoint(f, policy=jax.checkpoint_policies.everything_saveable)
     print_saved_residuals(f, x, params, residual)
     saved = re.findall(r"^(\w+)\[([\d,]*)\]", capsys.readouterr().out, re.MULTILINE)
-    sizes = [(dtype, np.prod([int(n) for n in shape.split(",") if n], dtype=int)) for dtype, shape in saved]
+    sizes = [
+        (dtype, np.prod([int(n) for n in shape.split(",") if n], dtype=int))
+        for dtype, shape in saved
+    ]
     names = {"bf16": "bfloat16", "f32": "float32"}
     assert [names.get(dtype, dtype) for dtype, size in sizes if size >= x.size] == expected
     assert all(size <= 8 for _, size in sizes if size < x.size)
@@ -253,7 +298,8 @@ def test_gradient_of_the_parameters_alone_makes_no_dx(activation):
         compiled = jax.jit(jax.grad(loss, argnums=argnums)).lower(x, params, x).compile()
         return compiled.cost_analysis()["flops"]
 
-    # dx costs a multiplication by gain, and one and an addition for what the statistics send back, per element at least.
+    # dx costs a multiplication by gain, and one and an addition for what the statistics send back,
+    # per element at least.
     assert flops((0, 1)) - flops(1) >= 3 * x.size
 
 
@@ -270,4 +316,6 @@ def test_gradient_into_the_returned_state():
 def test_gradient_into_moments():
     x = draw(6, 3)
     dx = jax.grad(lambda x: (jbn.moments(x).m2 * jnp.arange(1.0, 4.0)).sum())(x)
-    np.testing.assert_allclose(dx, 2 * (np.asarray(x) - np.mean(np.asarray(x), 0)) * np.arange(1, 4), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        dx, 2 * (np.asarray(x) - np.mean(np.asarray(x), 0)) * np.arange(1, 4), rtol=1e-5, atol=1e-6
+    )

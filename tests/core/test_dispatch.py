@@ -18,10 +18,14 @@ def layer(x, implementation):
     return jbn.batch_norm_train(x, PARAMS, STATE, implementation=implementation)[0]
 
 
-@pytest.mark.parametrize(("implementation", "platform"), [("triton", "cuda"), ("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")])
+@pytest.mark.parametrize(
+    ("implementation", "platform"),
+    [("triton", "cuda"), ("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")],
+)
 def test_a_kernel_elsewhere_names_its_platform_and_what_runs_anywhere(implementation, platform):
     with pytest.raises(
-        NotImplementedError, match=f"{implementation}.*runs on {platform}, not on cpu.*{implementation}/interpret"
+        NotImplementedError,
+        match=f"{implementation}.*runs on {platform}, not on cpu.*{implementation}/interpret",
     ):
         layer(X, implementation)
 
@@ -29,9 +33,15 @@ def test_a_kernel_elsewhere_names_its_platform_and_what_runs_anywhere(implementa
 @pytest.mark.parametrize(
     ("kind", "old"),
     [
-        *[(f"NVIDIA {kind}", True) for kind in ("A100-SXM4-80GB", "A10G", "L4", "L40S", "RTX A6000", "GeForce RTX 4090")],
+        *[
+            (f"NVIDIA {kind}", True)
+            for kind in ("A100-SXM4-80GB", "A10G", "L4", "L40S", "RTX A6000", "GeForce RTX 4090")
+        ],
         *[("Tesla V100-SXM2-16GB", True), ("Tesla T4", True)],
-        *[(f"NVIDIA {kind}", False) for kind in ("H100 80GB HBM3", "H200", "GH200 480GB", "B200", "RTX PRO 6000 Blackwell")],
+        *[
+            (f"NVIDIA {kind}", False)
+            for kind in ("H100 80GB HBM3", "H200", "GH200 480GB", "B200", "RTX PRO 6000 Blackwell")
+        ],
     ],
 )
 def test_devices_older_than_hopper_are_known_by_name(kind, old):
@@ -40,9 +50,13 @@ def test_devices_older_than_hopper_are_known_by_name(kind, old):
     assert not old or f"compute capability 9.0 (Hopper) or newer, which {kind} has not" in reason
 
 
-@pytest.mark.parametrize("implementation", ["triton/interpret", "mosaic_gpu/interpret", "mosaic_tpu/interpret"])
+@pytest.mark.parametrize(
+    "implementation", ["triton/interpret", "mosaic_gpu/interpret", "mosaic_tpu/interpret"]
+)
 def test_shapes_a_kernel_does_not_take_say_why(implementation):
-    with pytest.raises(NotImplementedError, match=f"'{implementation}' takes channels last, not axis"):
+    with pytest.raises(
+        NotImplementedError, match=f"'{implementation}' takes channels last, not axis"
+    ):
         jbn.batch_norm_train(X.T, PARAMS, STATE, axis=0, implementation=implementation)
 
 
@@ -50,12 +64,16 @@ def test_one_device_or_more():
     """The kernel of a whole pass only where all rows are at hand; elsewhere, and under transformations, the two apart."""
     in_one, apart = lambda x: x + 1, lambda x: x + 2
     layer = lambda x: dispatch.on_one_device("xla/interpret", in_one, apart, x)
-    split = jax.device_put(X, NamedSharding(jax.make_mesh((2,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows")))
+    split = jax.device_put(
+        X, NamedSharding(jax.make_mesh((2,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows"))
+    )
     np.testing.assert_array_equal(jax.jit(layer)(X), X + 1)
     np.testing.assert_array_equal(jax.jit(layer)(split), X + 2)
     np.testing.assert_array_equal(jax.jit(jax.vmap(layer))(X), X + 2)
     np.testing.assert_array_equal(jax.jvp(layer, (X,), (X,))[1], X)
-    np.testing.assert_array_equal(dispatch.on_one_device("xla/interpret", lambda x: None, apart, X), X + 2)
+    np.testing.assert_array_equal(
+        dispatch.on_one_device("xla/interpret", lambda x: None, apart, X), X + 2
+    )
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap", "hessian"])
@@ -67,7 +85,12 @@ def test_fused_through_the_public_call(transform, with_residual):
     def loss(x, params, implementation):
         residual = jnp.sin(x) if with_residual else None
         y, state = jbn.batch_norm_train(
-            x, params, STATE, residual=residual, activation=jax.nn.silu, implementation=implementation
+            x,
+            params,
+            STATE,
+            residual=residual,
+            activation=jax.nn.silu,
+            implementation=implementation,
         )
         return jnp.sum(y**2 * jnp.cos(X)) + jnp.sum(state.mean + state.var**2)
 
@@ -76,12 +99,18 @@ def test_fused_through_the_public_call(transform, with_residual):
     x = jnp.stack((X, X + 1)) if transform == "vmap" else X
     mapped = lambda i: jax.jit(jax.vmap(run(i), (0, None)) if transform == "vmap" else run(i))
     want = mapped("xla")(x, PARAMS)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    ):
         lowered = mapped("mosaic_tpu/interpret").lower(x, PARAMS)
     text = lowered.as_text(debug_info=True)
     assert ("fwd_fused" in text) == (transform != "vmap")
-    assert ("bwd_fused" in text) == (transform == "jit")  # forward mode over reverse maps what reverse mode runs
-    for a, b in zip(jax.tree.leaves(lowered.compile()(x, PARAMS)), jax.tree.leaves(want), strict=True):
+    assert ("bwd_fused" in text) == (
+        transform == "jit"
+    )  # forward mode over reverse maps what reverse mode runs
+    for a, b in zip(
+        jax.tree.leaves(lowered.compile()(x, PARAMS)), jax.tree.leaves(want), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
@@ -91,6 +120,9 @@ def test_second_derivatives_through_a_scan(implementation):
         body = lambda carry, _: (jnp.sin(layer(carry, implementation)), None)
         return jnp.sum(jax.lax.scan(body, x, None, length=2)[0] ** 3)
 
-    found, want = (jax.jvp(jax.grad(lambda x, i=i: loss(x, i)), (X,), (jnp.cos(X),)) for i in (implementation, "xla"))
+    found, want = (
+        jax.jvp(jax.grad(lambda x, i=i: loss(x, i)), (X,), (jnp.cos(X),))
+        for i in (implementation, "xla")
+    )
     for a, b in zip(found, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))

@@ -24,18 +24,32 @@ class Case:
         self.x = (rng.normal(size=shape) + drift).astype(np.float32)
         self.dy = rng.normal(size=shape).astype(np.float32)
         self.residual = rng.normal(size=shape).astype(np.float32) if residual else None
-        self.params = jbn.Params(*(rng.normal(size=shape[-1:]).astype(np.float32) for _ in range(2)))
-        self.state = jbn.State(np.zeros(shape[-1:], np.float32), np.ones(shape[-1:], np.float32), np.int32(0))
+        self.params = jbn.Params(
+            *(rng.normal(size=shape[-1:]).astype(np.float32) for _ in range(2))
+        )
+        self.state = jbn.State(
+            np.zeros(shape[-1:], np.float32), np.ones(shape[-1:], np.float32), np.int32(0)
+        )
         self.size, self.weights = size, weights
         given = {"weights": weights, "residual": self.residual}
         self.y, self.moments = oracle.groups_forward(self.x, size, *self.params, **given)
-        self.gradients = oracle.groups_backward(self.x, self.dy, size, *self.params, dmean=1.0, **given)
-        self.new_state = oracle.running(oracle.State(self.state.mean, self.state.var, 0), self.moments, momentum=0.0)
+        self.gradients = oracle.groups_backward(
+            self.x, self.dy, size, *self.params, dmean=1.0, **given
+        )
+        self.new_state = oracle.running(
+            oracle.State(self.state.mean, self.state.var, 0), self.moments, momentum=0.0
+        )
 
     def step(self, x, dy, params, state, weights=None, **options):
         def loss(x, params):
             y, new_state = jbn.batch_norm_train(
-                x, params, state, momentum=0.0, virtual_batch_size=self.size, weights=weights, **options
+                x,
+                params,
+                state,
+                momentum=0.0,
+                virtual_batch_size=self.size,
+                weights=weights,
+                **options,
             )
             return (y * dy).sum() + new_state.mean.sum(), (y, new_state)
 
@@ -44,7 +58,10 @@ class Case:
     def check(self, result):
         (dx, dparams), (y, state) = result
         close = lambda actual, expected: np.testing.assert_allclose(
-            np.asarray(actual, np.float64), expected, rtol=0, atol=TOLERANCE * max(1, np.abs(expected).max())
+            np.asarray(actual, np.float64),
+            expected,
+            rtol=0,
+            atol=TOLERANCE * max(1, np.abs(expected).max()),
         )
         close(y, self.y)
         close(state.mean, self.new_state.mean)
@@ -98,7 +115,8 @@ def test_weights(channel):
 
 
 def test_the_same_on_any_number_of_devices():
-    """Every group is computed from the same numbers, but XLA sums its rows in another order where a device holds fewer groups.
+    """Every group is computed from the same numbers, but XLA sums its rows in another order where a
+    device holds fewer groups.
 
     Measured on CPU: y differs by up to 1e-6, which is 4 units in the last place of values up to 4.
     """
@@ -132,8 +150,12 @@ def test_groups_within_shards_take_no_communication(kind):
     x, _, params, state = case.place(device_mesh(8, kind), P("data"))
     forward = jax.jit(lambda *a: jbn.batch_norm_train(*a, virtual_batch_size=SIZE)[0])
     assert collectives(forward.lower(x, params, state).compile()) == []
-    backward = jax.jit(jax.grad(lambda *a: (jbn.batch_norm_train(*a, virtual_batch_size=SIZE)[0] ** 3).sum()))
-    assert all(elements == 1 for _, elements in collectives(backward.lower(x, params, state).compile()))
+    backward = jax.jit(
+        jax.grad(lambda *a: (jbn.batch_norm_train(*a, virtual_batch_size=SIZE)[0] ** 3).sum())
+    )
+    assert all(
+        elements == 1 for _, elements in collectives(backward.lower(x, params, state).compile())
+    )
 
 
 def test_groups_that_span_devices():
@@ -148,7 +170,9 @@ def test_groups_that_span_devices():
 
 def test_groups_that_span_devices_of_an_explicit_mesh():
     case = Case(size=64)
-    with pytest.raises(NotImplementedError, match=r"virtual_batch_size 64 over 8 shards .* AxisType.Auto"):
+    with pytest.raises(
+        NotImplementedError, match=r"virtual_batch_size 64 over 8 shards .* AxisType.Auto"
+    ):
         jax.jit(case.step)(*case.place(device_mesh(8, AxisType.Explicit), P("data")))
 
 
@@ -158,7 +182,9 @@ def test_shard_map(check_vma):
 
     def step(x, dy, params, state):
         def train(x, params, state):
-            return jbn.batch_norm_train(x, params, state, momentum=0.0, virtual_batch_size=SIZE, axis_name="data")
+            return jbn.batch_norm_train(
+                x, params, state, momentum=0.0, virtual_batch_size=SIZE, axis_name="data"
+            )
 
         mapped = jax.shard_map(
             train,
@@ -179,8 +205,12 @@ def test_shard_map(check_vma):
 
 def test_group_larger_than_the_local_batch():
     case = Case(size=64)
-    train = lambda x: jbn.batch_norm_train(x, case.params, case.state, virtual_batch_size=64, axis_name="data")[0]
-    with pytest.raises(ValueError, match=r"virtual_batch_size is 64, expected a positive divisor of the batch, 32"):
+    train = lambda x: jbn.batch_norm_train(
+        x, case.params, case.state, virtual_batch_size=64, axis_name="data"
+    )[0]
+    with pytest.raises(
+        ValueError, match=r"virtual_batch_size is 64, expected a positive divisor of the batch, 32"
+    ):
         jax.shard_map(train, mesh=device_mesh(8), in_specs=P("data"), out_specs=P("data"))(case.x)
 
 
@@ -190,7 +220,9 @@ def test_vmap():
     train = lambda x: jbn.batch_norm_train(x, case.params, case.state, virtual_batch_size=SIZE)[0]
     y = jax.vmap(train)(x)
     np.testing.assert_allclose(y[0], case.y, atol=TOLERANCE * 5)
-    np.testing.assert_allclose(y[1], oracle.groups_forward(2 * case.x, SIZE, *case.params)[0], atol=TOLERANCE * 5)
+    np.testing.assert_allclose(
+        y[1], oracle.groups_forward(2 * case.x, SIZE, *case.params)[0], atol=TOLERANCE * 5
+    )
 
 
 def test_kernels_are_refused():

@@ -19,7 +19,9 @@ def transpose(static, residuals, cotangents, wanted):
     """Marked: 1000 times the true one, and only what is wanted."""
     dy = cotangents["y"]
     assert wanted[0] is True
-    return 1000 * static * residuals["a"] * dy, None if wanted[1] is None else 1000 * jnp.full(2, dy.sum())
+    return 1000 * static * residuals["a"] * dy, None if wanted[1] is None else 1000 * jnp.full(
+        2, dy.sum()
+    )
 
 
 def apply(a, x, second=None, static=3.0):

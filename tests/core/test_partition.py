@@ -23,12 +23,18 @@ MESHES = {
     "batch-channel": ((4, 2), ("data", "model"), P("data", None, None, "model"), P("model")),
     "channel": ((8,), ("model",), P(None, None, None, "model"), P("model")),
     "replicated-params": ((4, 2), ("data", "model"), P("data", None, None, "model"), P()),
-    "batch-spatial-channel": ((2, 2, 2), ("data", "space", "model"), P("data", "space", None, "model"), P("model")),
+    "batch-spatial-channel": (
+        (2, 2, 2),
+        ("data", "space", "model"),
+        P("data", "space", None, "model"),
+        P("model"),
+    ),
     "two-axes": ((4, 2), ("data", "more"), P(("data", "more")), P()),
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 SHAPE = (16, 4, 6, 8)
-# Sums of 384 terms of order 1 in float32, in any order: sqrt(384) roundings, and some room for the few operations after.
+# Sums of 384 terms of order 1 in float32, in any order: sqrt(384) roundings, and some room for the
+# few operations after.
 TOLERANCE = 1e-5
 
 
@@ -39,10 +45,14 @@ def make_mesh(shape, names, kind=AxisType.Auto):
 def collectives(compiled):
     """(operation, elements of its largest result) of each collective."""
     found = re.findall(
-        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text()
+        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        compiled.as_text(),
     )
     size = lambda dims: int(np.prod([int(n) for n in dims.split(",") if n]))
-    return [(name, max(size(dims) for dims in re.findall(r"\[([\d,]*)\]", shapes))) for shapes, name in found]
+    return [
+        (name, max(size(dims) for dims in re.findall(r"\[([\d,]*)\]", shapes)))
+        for shapes, name in found
+    ]
 
 
 def reductions(compiled, full_size):
@@ -60,17 +70,25 @@ class Case:
         rng = np.random.default_rng(seed)
         self.x = rng.normal(mean, 1, shape).astype(np.float32)
         self.dy = rng.normal(size=shape).astype(np.float32)
-        self.params = jbn.Params(*(rng.normal(size=shape[-1:]).astype(np.float32) for _ in range(2)))
-        self.state = jbn.State(np.zeros(shape[-1:], np.float32), np.ones(shape[-1:], np.float32), np.int32(0))
+        self.params = jbn.Params(
+            *(rng.normal(size=shape[-1:]).astype(np.float32) for _ in range(2))
+        )
+        self.state = jbn.State(
+            np.zeros(shape[-1:], np.float32), np.ones(shape[-1:], np.float32), np.int32(0)
+        )
         self.weights, self.activation = weights, activation
         given = {"weights": weights, "activation": activation}
         self.y, self.moments = oracle.forward(self.x, *self.params, **given)
         self.gradients = oracle.backward(self.x, self.dy, *self.params, dmean=0.1, **given)
-        self.new_state = oracle.running(oracle.State(self.state.mean, self.state.var, 0), self.moments, momentum=0.9)
+        self.new_state = oracle.running(
+            oracle.State(self.state.mean, self.state.var, 0), self.moments, momentum=0.9
+        )
 
     def train(self, x, params, state, **options):
         activation = None if self.activation is None else getattr(jax.nn, self.activation)
-        return jbn.batch_norm_train(x, params, state, momentum=0.9, activation=activation, **options)
+        return jbn.batch_norm_train(
+            x, params, state, momentum=0.9, activation=activation, **options
+        )
 
     def step(self, x, dy, params, state, weights=None, **options):
         def loss(x, params):
@@ -82,7 +100,10 @@ class Case:
     def check(self, result, tolerance=TOLERANCE):
         (dx, dparams), (y, state) = result
         close = lambda actual, expected: np.testing.assert_allclose(
-            np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max())
+            np.asarray(actual, np.float64),
+            expected,
+            rtol=0,
+            atol=tolerance * max(1, np.abs(expected).max()),
         )
         close(y, self.y)
         close(state.mean, self.new_state.mean)
@@ -94,7 +115,9 @@ class Case:
 
     def place(self, mesh, x_spec, vector_spec):
         put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
-        vectors = lambda tree: jax.tree.map(lambda v: put(v, vector_spec if np.ndim(v) else P()), tree)
+        vectors = lambda tree: jax.tree.map(
+            lambda v: put(v, vector_spec if np.ndim(v) else P()), tree
+        )
         return put(self.x, x_spec), put(self.dy, x_spec), vectors(self.params), vectors(self.state)
 
 
@@ -111,11 +134,16 @@ def test_sharded(layout, kind, implementation):
     mesh = make_mesh(shape, names, KINDS[kind])
     x, dy, params, state = case.place(mesh, x_spec, vector_spec)
     with jax.set_mesh(mesh):
-        step = jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(x, dy, params, state).compile()
+        step = (
+            jax.jit(lambda *a: case.step(*a, implementation=implementation))
+            .lower(x, dy, params, state)
+            .compile()
+        )
     case.check(step(x, dy, params, state))
     across = layout != "channel"
     assert reductions(step, x.size) == 3 * across
-    # Only where the parameters are replicated though the channels are split, vectors of one number per channel are gathered.
+    # Only where the parameters are replicated though the channels are split, vectors of one number
+    # per channel are gathered.
     gathered = [elements for name, elements in collectives(step) if name == "all-gather"]
     assert set(gathered) <= ({SHAPE[-1]} if layout == "replicated-params" else set())
 
@@ -125,16 +153,26 @@ def test_without_a_mesh_in_context(implementation):
     case = Case()
     arguments = case.place(make_mesh((8,), ("data",)), P("data"), P())
     x, _, params, state = arguments
-    forward = jax.jit(lambda *a: case.train(*a, implementation=implementation)).lower(x, params, state).compile()
+    forward = (
+        jax.jit(lambda *a: case.train(*a, implementation=implementation))
+        .lower(x, params, state)
+        .compile()
+    )
     assert reductions(forward, case.x.size) == 2
-    step = jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(*arguments).compile()
+    step = (
+        jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(*arguments).compile()
+    )
     case.check(step(*arguments))
     assert reductions(step, case.x.size) == 3
 
 
 def test_not_jitted(implementation):
     case = Case()
-    case.check(case.step(*case.place(make_mesh((8,), ("data",)), P("data"), P()), implementation=implementation))
+    case.check(
+        case.step(
+            *case.place(make_mesh((8,), ("data",)), P("data"), P()), implementation=implementation
+        )
+    )
 
 
 def test_part_of_a_mesh_axis(implementation):
@@ -144,7 +182,9 @@ def test_part_of_a_mesh_axis(implementation):
 
     def step(x, dy, params, state):
         split = lambda array: array.reshape(4, 2, *array.shape[1:])
-        (dx, dparams), (y, new_state) = case.step(split(x), split(dy), params, state, implementation=implementation)
+        (dx, dparams), (y, new_state) = case.step(
+            split(x), split(dy), params, state, implementation=implementation
+        )
         return (dx.reshape(x.shape), dparams), (y.reshape(x.shape), new_state)
 
     compiled = jax.jit(step).lower(x, dy, params, state).compile()
@@ -181,7 +221,9 @@ def test_uneven_shards(weights, implementation):
     mesh = make_mesh((8,), ("data",))
 
     def step(x, dy, *rest):
-        x, dy = (lax.with_sharding_constraint(array, NamedSharding(mesh, P("data"))) for array in (x, dy))
+        x, dy = (
+            lax.with_sharding_constraint(array, NamedSharding(mesh, P("data"))) for array in (x, dy)
+        )
         return case.step(x, dy, *rest, weights=weights, implementation=implementation)
 
     arguments = (case.x, case.dy, case.params, case.state)
@@ -223,9 +265,15 @@ def test_shard_map(check_vma, weights):
     weights = np.ones((1024, 1), np.float32) if weights is None else weights
 
     def train(x, params, state, weights, **options):
-        local = lambda x, weights, params, state: case.train(x, params, state, weights=weights, axis_name="data", **options)
+        local = lambda x, weights, params, state: case.train(
+            x, params, state, weights=weights, axis_name="data", **options
+        )
         mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=(P("data"), P("data"), P(), P()), out_specs=(P("data"), P()), check_vma=check_vma
+            local,
+            mesh=mesh,
+            in_specs=(P("data"), P("data"), P(), P()),
+            out_specs=(P("data"), P()),
+            check_vma=check_vma,
         )
         return mapped(x, weights, params, state)
 
@@ -278,7 +326,9 @@ def test_pmap():
         (dx, dparams), aux = jax.grad(loss, (0, 1), has_aux=True)(x, params)
         return (dx, lax.psum(dparams, "data")), aux
 
-    mapped = jax.pmap(local, axis_name="data", in_axes=(0, 0, None, None), out_axes=((0, None), (0, None)))
+    mapped = jax.pmap(
+        local, axis_name="data", in_axes=(0, 0, None, None), out_axes=((0, None), (0, None))
+    )
     (dx, dparams), (y, state) = mapped(split(case.x), split(case.dy), case.params, case.state)
     case.gradients = oracle.backward(case.x, case.dy, *case.params)
     case.check(((dx.reshape(64, 16), dparams), (y.reshape(64, 16), state)))
@@ -314,7 +364,9 @@ def grouped(check):
 
 
 def local_groups(x, params, state):
-    y, new_state = jbn.batch_norm_train(x, params, state, momentum=0.9, axis_name="data", axis_index_groups=GROUPS)
+    y, new_state = jbn.batch_norm_train(
+        x, params, state, momentum=0.9, axis_name="data", axis_index_groups=GROUPS
+    )
     return y, new_state.mean[None]
 
 
@@ -356,9 +408,16 @@ def test_diverged_state_is_merged():
         m = jbn.psum_moments(jbn.moments(x), "data")
         return y, jbn.update_state(state, m, momentum=0.9)
 
-    mapped = jax.shard_map(local, mesh=make_mesh((8,), ("data",)), in_specs=(P("data"), P(), P()), out_specs=(P("data"), P()))
+    mapped = jax.shard_map(
+        local,
+        mesh=make_mesh((8,), ("data",)),
+        in_specs=(P("data"), P(), P()),
+        out_specs=(P("data"), P()),
+    )
     y, state = jax.jit(mapped)(case.x, case.params, case.state)
-    np.testing.assert_allclose(y[:8], oracle.forward(case.x[:8], *case.params)[0], atol=1e-4)  # 8 rows: rstd up to 10
+    np.testing.assert_allclose(
+        y[:8], oracle.forward(case.x[:8], *case.params)[0], atol=1e-4
+    )  # 8 rows: rstd up to 10
     np.testing.assert_allclose(state.mean, case.new_state.mean, atol=TOLERANCE)
     np.testing.assert_allclose(state.var, case.new_state.var, atol=TOLERANCE)
 
@@ -366,11 +425,16 @@ def test_diverged_state_is_merged():
 def test_diverged_states_of_equal_shards_are_merged():
     """Given only the states: each is as good as one shard, so they merge as moments of equal counts."""
     rng = np.random.default_rng(0)
-    means, variances = rng.normal(size=(8, 16)).astype(np.float32), rng.uniform(1, 2, size=(8, 16)).astype(np.float32)
+    means, variances = (
+        rng.normal(size=(8, 16)).astype(np.float32),
+        rng.uniform(1, 2, size=(8, 16)).astype(np.float32),
+    )
 
     def local(mean, var):
         state = jbn.State(mean[0], var[0], jnp.int32(5))
-        merged = jbn.psum_moments(jbn.Moments(jnp.ones_like(state.mean), state.mean, state.var), "data")
+        merged = jbn.psum_moments(
+            jbn.Moments(jnp.ones_like(state.mean), state.mean, state.var), "data"
+        )
         return jbn.update_state(state, merged, momentum=0.0)
 
     mapped = jax.shard_map(
@@ -403,12 +467,18 @@ def test_vmap_on_a_mesh(implementation):
     """Two batches at once, each split over the devices."""
     cases = [Case(seed=seed) for seed in (0, 1)]
     mesh = make_mesh((8,), ("data",))
-    stack = lambda name: jax.device_put(np.stack([getattr(c, name) for c in cases]), NamedSharding(mesh, P(None, "data")))
-    train = lambda x: cases[0].train(x, cases[0].params, cases[0].state, implementation=implementation)[0]
+    stack = lambda name: jax.device_put(
+        np.stack([getattr(c, name) for c in cases]), NamedSharding(mesh, P(None, "data"))
+    )
+    train = lambda x: cases[0].train(
+        x, cases[0].params, cases[0].state, implementation=implementation
+    )[0]
     compiled = jax.jit(jax.vmap(train)).lower(stack("x")).compile()
     y = compiled(stack("x"))
     np.testing.assert_allclose(y[0], cases[0].y, atol=TOLERANCE * 10)
-    np.testing.assert_allclose(y[1], oracle.forward(cases[1].x, *cases[0].params)[0], atol=TOLERANCE * 10)
+    np.testing.assert_allclose(
+        y[1], oracle.forward(cases[1].x, *cases[0].params)[0], atol=TOLERANCE * 10
+    )
     assert reductions(compiled, cases[0].x.size) == 2
 
 
@@ -428,9 +498,13 @@ def test_export_for_every_platform_and_for_8_devices():
     """An exported program holds no callback: XLA's own partitioner splits it."""
     case = Case()
     evaluate = jax.jit(lambda x, params, state: jbn.batch_norm_eval(x, params, state))
-    exported = jax.export.export(evaluate, platforms=("cpu", "cuda", "tpu"))(case.x, case.params, case.state)
+    exported = jax.export.export(evaluate, platforms=("cpu", "cuda", "tpu"))(
+        case.x, case.params, case.state
+    )
     expected = oracle.normalize(case.x, case.state.mean, case.state.var, *case.params)
-    np.testing.assert_allclose(exported.call(case.x, case.params, case.state), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        exported.call(case.x, case.params, case.state), expected, atol=TOLERANCE
+    )
     arguments = case.place(make_mesh((8,), ("data",)), P("data"), P())
     exported = jax.export.export(jax.jit(case.step))(*arguments)
     assert exported.nr_devices == 8
@@ -468,7 +542,9 @@ def test_readme_shard_map():
     x, params, state = case.x, case.params, case.state
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     train = functools.partial(jbn.batch_norm_train, axis_name="data")
-    mapped = jax.shard_map(train, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=(P("data"), P()))
+    mapped = jax.shard_map(
+        train, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=(P("data"), P())
+    )
     y, state = jax.jit(mapped)(x, params, state)
     check_readme(case, y, state)
 
@@ -494,7 +570,9 @@ def test_micro_batches_fold_the_state_once():
     four_times = case.state
     for x in np.split(case.x, 4):
         four_times = jbn.batch_norm_train(x, case.params, four_times, momentum=0.9)[1]
-    expected = sum(0.1 * 0.9 ** (3 - k) * oracle.moments(x).mean for k, x in enumerate(np.split(case.x, 4)))
+    expected = sum(
+        0.1 * 0.9 ** (3 - k) * oracle.moments(x).mean for k, x in enumerate(np.split(case.x, 4))
+    )
     np.testing.assert_allclose(four_times.mean, expected, atol=TOLERANCE)
     assert four_times.count == 4
     assert state.count == 1
@@ -507,7 +585,9 @@ def test_pods_take_no_more_collectives_than_4_chips(layout):
     found = {}
     for topology in ("v5e:2x2", "v5e:16x16"):
         devices = np.array(topologies.get_topology_desc(topology, "tpu").devices)
-        shape = {"batch": (devices.size,), "batch-spatial-channel": (devices.size // 4, 2, 2)}[layout]
+        shape = {"batch": (devices.size,), "batch-spatial-channel": (devices.size // 4, 2, 2)}[
+            layout
+        ]
         _, names, x_spec, vector_spec = MESHES[layout]
         mesh = Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
         x, vector, count = (
@@ -530,11 +610,14 @@ def test_pods_take_no_more_collectives_than_4_chips(layout):
         backward = jax.jit(gradients).lower(x, x, params, state).compile()
         found[topology] = [(reductions(c, x.size), unconditional(c)) for c in (forward, backward)]
     assert found["v5e:16x16"] == found["v5e:2x2"]
-    # One all-reduce if the running mean is within 10 standard deviations of the batch's, one more where it is not.
+    # One all-reduce if the running mean is within 10 standard deviations of the batch's, one more
+    # where it is not.
     assert found["v5e:2x2"] == [(2, 1), (3, 2)]
 
 
 def unconditional(compiled):
     """How many all-reduces of vectors run whichever branch a conditional takes."""
     entry = compiled.as_text().split("\nENTRY ")[1]
-    return sum(elements > 1 for _, elements in collectives(types.SimpleNamespace(as_text=lambda: entry)))
+    return sum(
+        elements > 1 for _, elements in collectives(types.SimpleNamespace(as_text=lambda: entry))
+    )

@@ -12,7 +12,8 @@ ROWS, CHANNELS = 8, 3
 PARAMS, STATE = jbn.init(CHANNELS)
 
 
-# Seeds of arrays of one shape: one compilation, and shrinking still finds the smallest scale and cut.
+# Seeds of arrays of one shape: one compilation, and shrinking still finds the smallest scale and
+# cut.
 seeds = st.integers(0, 2**16)
 magnitudes = st.sampled_from([1e-3, 1.0, 30.0, 1e4])
 
@@ -75,7 +76,9 @@ def test_rows_may_be_permuted(seed, order):
     np.testing.assert_allclose(new_permuted.var, new.var, rtol=1e-5)
 
 
-@given(seeds, st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).filter(lambda mask: sum(mask) > 1))
+@given(
+    seeds, st.lists(st.booleans(), min_size=ROWS, max_size=ROWS).filter(lambda mask: sum(mask) > 1)
+)
 def test_weights_of_0_and_1_remove_rows(seed, mask):
     """As the oracle sees the rows that are left; what stands in the others does not matter."""
     x, keep = draw(seed, mean=2), np.array(mask)

@@ -21,16 +21,23 @@ def case(shape=(24, 3, 8), dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     features = shape[-1]
     x = (rng.normal(size=shape) * np.linspace(0.5, 3, features) + 0.5).astype(dtype)
-    params = jbn.Params(jnp.asarray(rng.uniform(0.5, 2, features), dtype), jnp.asarray(rng.normal(size=features), dtype))
+    params = jbn.Params(
+        jnp.asarray(rng.uniform(0.5, 2, features), dtype),
+        jnp.asarray(rng.normal(size=features), dtype),
+    )
     mean = 0.5 + np.linspace(-1, 1, features)
-    state = jbn.State(jnp.asarray(mean, dtype), jnp.asarray(rng.uniform(0.5, 4, features), dtype), jnp.int32(3))
+    state = jbn.State(
+        jnp.asarray(mean, dtype), jnp.asarray(rng.uniform(0.5, 4, features), dtype), jnp.int32(3)
+    )
     return x, params, state
 
 
 def corrected(x, params, state, r_max, d_max, eps=1e-5, weights=None):
     """r, d, and the scale and bias with which the oracle's plain batch norm is batch renorm."""
     m = oracle.moments(x, weights=weights)
-    scale, bias, mean, var = (np.asarray(v).astype(np.float64) for v in (*params, state.mean, state.var))
+    scale, bias, mean, var = (
+        np.asarray(v).astype(np.float64) for v in (*params, state.mean, state.var)
+    )
     running_std = np.sqrt(var + eps)
     r = np.clip(np.sqrt(oracle.variance(m) + eps) / running_std, 1 / r_max, r_max)
     d = np.clip((m.mean - mean) / running_std, -d_max, d_max)
@@ -38,7 +45,10 @@ def corrected(x, params, state, r_max, d_max, eps=1e-5, weights=None):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"activation": jax.nn.relu}, {"weights": np.arange(24).reshape(24, 1, 1) % 3 > 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"activation": jax.nn.relu}, {"weights": np.arange(24).reshape(24, 1, 1) % 3 > 0}],
+)
 def test_equals_batch_norm_with_the_limits_closed(dtype, options):
     x, params, state = case(dtype=dtype)
     closed = {**options, "r_max": jnp.float32(1), "d_max": jnp.float32(0)}
@@ -51,7 +61,9 @@ def test_equals_batch_norm_with_the_limits_closed(dtype, options):
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, params)
 
     jax.tree.map(
-        np.testing.assert_array_equal, gradients(jbn.batch_renorm_train, closed), gradients(jbn.batch_norm_train, options)
+        np.testing.assert_array_equal,
+        gradients(jbn.batch_renorm_train, closed),
+        gradients(jbn.batch_norm_train, options),
     )
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -69,17 +81,23 @@ def test_values_gradients_and_state_match_the_oracle(activation, masked):
     name = activation and activation.__name__
 
     def loss(x, params):
-        y, new = jbn.batch_renorm_train(x, params, state, weights=weights, activation=activation, momentum=0.9, **OPEN)
+        y, new = jbn.batch_renorm_train(
+            x, params, state, weights=weights, activation=activation, momentum=0.9, **OPEN
+        )
         return (y * dy).sum(), (y, new)
 
     (_, (y, new)), (dx, dparams) = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, params)
     r, d, scale, bias = corrected(x, params, state, **OPEN, weights=weights)
     for correction, limit in ((r, OPEN["r_max"]), (d, OPEN["d_max"])):
-        assert 0 < np.mean(np.abs(correction) < limit) < 1, "the case must have clipped and unclipped channels"
+        assert 0 < np.mean(np.abs(correction) < limit) < 1, (
+            "the case must have clipped and unclipped channels"
+        )
     expected, m = oracle.forward(x, scale, bias, weights=weights, activation=name)
     through = oracle.backward(x, dy, scale, bias, weights=weights, activation=name)
     # 72 values per channel: float32 rounding grows at most with their number.
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=72 * 2**-23, atol=72 * 2**-23 * np.abs(b).max())
+    close = lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=72 * 2**-23, atol=72 * 2**-23 * np.abs(b).max()
+    )
     close(y, expected)
     close(dx, through.x)
     # r and d are constants: y = (scale * r) * xhat + (bias + scale * d).
@@ -95,7 +113,9 @@ def test_wide_open_limits_give_the_output_of_inference():
     x, params, state = case()
     y, _ = jbn.batch_renorm_train(x, params, state, r_max=jnp.inf, d_max=jnp.inf)
     expected = oracle.normalize(x, state.mean, state.var, params.scale, params.bias)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # two roundings of r * rstd and of d, of |y| < 30
+    np.testing.assert_allclose(
+        y, expected, rtol=1e-5, atol=1e-5
+    )  # two roundings of r * rstd and of d, of |y| < 30
 
 
 @pytest.mark.x64
@@ -108,15 +128,21 @@ def test_float64_and_missing_parameters():
 
 def test_one_compilation_serves_a_schedule_of_limits():
     x, params, state = case()
-    step = jax.jit(lambda r_max, d_max: jbn.batch_renorm_train(x, params, state, r_max=r_max, d_max=d_max)[0])
+    step = jax.jit(
+        lambda r_max, d_max: jbn.batch_renorm_train(x, params, state, r_max=r_max, d_max=d_max)[0]
+    )
     for r_max, d_max in ((1.0, 0.0), (1.5, 0.25), (3.0, 5.0)):
         _, _, scale, bias = corrected(x, params, state, r_max, d_max)
-        np.testing.assert_allclose(step(r_max, d_max), oracle.forward(x, scale, bias)[0], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(
+            step(r_max, d_max), oracle.forward(x, scale, bias)[0], rtol=2e-5, atol=2e-5
+        )
     assert step._cache_size() == 1
 
 
 def _bytes_accessed(train, *args):
-    compiled = jax.jit(jax.value_and_grad(lambda *a: train(*a)[0].sum(), (0, 1))).lower(*args).compile()
+    compiled = (
+        jax.jit(jax.value_and_grad(lambda *a: train(*a)[0].sum(), (0, 1))).lower(*args).compile()
+    )
     return compiled.cost_analysis()["bytes accessed"]
 
 
@@ -136,18 +162,29 @@ def test_synchronized_over_devices_with_unequal_masks(check_vma):
 
     def local(x, weights, dy):
         y, vjp, new = jax.vjp(
-            lambda x: jbn.batch_renorm_train(x, params, state, weights=weights, axis_name="data", **OPEN), x, has_aux=True
+            lambda x: jbn.batch_renorm_train(
+                x, params, state, weights=weights, axis_name="data", **OPEN
+            ),
+            x,
+            has_aux=True,
         )
         return y, vjp(dy)[0], new
 
-    specs = {"in_specs": (P("data"), P("data"), P("data")), "out_specs": (P("data"), P("data"), P())}
+    specs = {
+        "in_specs": (P("data"), P("data"), P("data")),
+        "out_specs": (P("data"), P("data"), P()),
+    }
     step = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs))
     y, dx, new = step(x, weights, dy)
     _, _, scale, bias = corrected(x, params, state, **OPEN, weights=weights)
     expected, m = oracle.forward(x, scale, bias, weights=weights)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(dx, oracle.backward(x, dy, scale, bias, weights=weights).x, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(new.var, oracle.running(oracle.State(state.mean, state.var, 3), m).var, rtol=1e-5)
+    np.testing.assert_allclose(
+        dx, oracle.backward(x, dy, scale, bias, weights=weights).x, rtol=1e-5, atol=2e-5
+    )
+    np.testing.assert_allclose(
+        new.var, oracle.running(oracle.State(state.mean, state.var, 3), m).var, rtol=1e-5
+    )
     plain = jax.shard_map(
         lambda x, w: jbn.batch_norm_train(x, params, state, weights=w, axis_name="data"),
         mesh=mesh,
@@ -191,9 +228,13 @@ def test_limits_out_of_range(limits, message):
 
 def test_a_callable_activation_sees_tracers():
     x, params, state = case()
-    slope = lambda s: jbn.batch_renorm_train(x, params, state, activation=lambda z: s * z, **OPEN)[0].sum()
+    slope = lambda s: jbn.batch_renorm_train(x, params, state, activation=lambda z: s * z, **OPEN)[
+        0
+    ].sum()
     _, _, scale, bias = corrected(x, params, state, **OPEN)
-    np.testing.assert_allclose(jax.grad(slope)(2.0), oracle.forward(x, scale, bias)[0].sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.grad(slope)(2.0), oracle.forward(x, scale, bias)[0].sum(), rtol=1e-4
+    )
 
 
 def modules(linen_type, nnx_type, x, **options):
@@ -204,7 +245,9 @@ def modules(linen_type, nnx_type, x, **options):
     nnx.update(nnx_layer, {**variables["params"], **variables["batch_stats"]})
 
     def call_linen(**arguments):
-        y, new = linen_layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"], **arguments)
+        y, new = linen_layer.apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"], **arguments
+        )
         return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
 
     def call_nnx(**arguments):
@@ -221,9 +264,17 @@ def test_both_modules_call_the_function():
     y, new = jbn.batch_renorm_train(x, params, state, momentum=0.9, weights=mask, **OPEN)
     for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, momentum=0.9, **OPEN):
         jax.tree.map(np.testing.assert_array_equal, call(mask=mask), (y, new.mean, new.var))
-    for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, momentum=0.9):  # limits of the call, traced
-        scheduled = jax.jit(lambda r_max, d_max, call=call: call(mask=mask, r_max=r_max, d_max=d_max))(1.5, 0.25)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), scheduled, (y, new.mean, new.var))
+    for call in modules(
+        jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, momentum=0.9
+    ):  # limits of the call, traced
+        scheduled = jax.jit(
+            lambda r_max, d_max, call=call: call(mask=mask, r_max=r_max, d_max=d_max)
+        )(1.5, 0.25)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+            scheduled,
+            (y, new.mean, new.var),
+        )
         default = jbn.batch_renorm_train(x, params, state, r_max=3.0, d_max=5.0)[0]
         np.testing.assert_array_equal(call()[0], default)
 
@@ -231,11 +282,15 @@ def test_both_modules_call_the_function():
 @pytest.mark.third_party
 def test_both_modules_equal_batch_norm_with_the_limits_closed():
     x, _, _ = case()
-    renorm = modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, r_max=1.0, d_max=0.0, activation=jax.nn.relu)
+    renorm = modules(
+        jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x, r_max=1.0, d_max=0.0, activation=jax.nn.relu
+    )
     plain = modules(jbn.linen.BatchNorm, jbn.nnx.BatchNorm, x, activation=jax.nn.relu)
     for a, b in zip(renorm, plain, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a(), b())
-    tree = lambda layer: jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x, use_running_average=False))
+    tree = lambda layer: jax.tree.map(
+        jnp.shape, layer.init(jax.random.key(0), x, use_running_average=False)
+    )
     assert tree(jbn.linen.BatchRenorm()) == tree(jbn.linen.BatchNorm())
 
 

@@ -24,11 +24,15 @@ def moments_of(bad=None):
     return jbn.Moments(*(jnp.asarray(row, jnp.float32) for row in m))
 
 
-@pytest.mark.parametrize(("momentum", "unbiased"), list(itertools.product([0.0, 0.9, 1.0, None], [False, True])))
+@pytest.mark.parametrize(
+    ("momentum", "unbiased"), list(itertools.product([0.0, 0.9, 1.0, None], [False, True]))
+)
 def test_update_state(momentum, unbiased):
     state, m = state_of(), moments_of()
     new = jbn.update_state(state, m, momentum=momentum, unbiased=unbiased)
-    expected = oracle.running(oracle.State(*state), oracle.Moments(*map(np.asarray, m)), momentum, unbiased)
+    expected = oracle.running(
+        oracle.State(*state), oracle.Moments(*map(np.asarray, m)), momentum, unbiased
+    )
     np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-6)
     np.testing.assert_allclose(new.var, expected.var, rtol=1e-6)
     assert new.count == 4
@@ -60,7 +64,11 @@ def test_nothing_counted_is_no_batch():
     state = state_of()
     nothing = jbn.Moments(jnp.zeros(4), jnp.zeros(4), jnp.zeros(4))
     for momentum in (0.5, None):
-        jax.tree.map(np.testing.assert_array_equal, jbn.update_state(state, nothing, momentum=momentum), state)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jbn.update_state(state, nothing, momentum=momentum),
+            state,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -69,7 +77,9 @@ def test_the_state_keeps_its_dtype_and_is_averaged_in_float32(dtype):
     new = jbn.update_state(state, m, momentum=0.9)
     assert (new.mean.dtype, new.var.dtype, new.count.dtype) == (dtype, dtype, jnp.int32)
     expected = oracle.running(oracle.State(*state), oracle.Moments(*map(np.asarray, m)), 0.9)
-    np.testing.assert_allclose(np.asarray(new.var).astype(np.float64), expected.var, rtol=float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        np.asarray(new.var).astype(np.float64), expected.var, rtol=float(jnp.finfo(dtype).eps)
+    )
 
 
 def test_the_momentum_of_a_long_training():

@@ -55,7 +55,9 @@ def test_moments_of_float64():
 def test_merge_equals_the_whole(sizes):
     x = draw(8, 3, mean=1e3)
     a, b = jbn.moments(x[: sizes[0]]), jbn.moments(x[sizes[0] :])
-    assert_moments(jbn.merge_moments(a, b), oracle.moments(x), rtol=1e-4)  # of a mean of 1e3, float32 keeps 6e-5
+    assert_moments(
+        jbn.merge_moments(a, b), oracle.moments(x), rtol=1e-4
+    )  # of a mean of 1e3, float32 keeps 6e-5
 
 
 def test_merging_nothing_changes_nothing():
@@ -68,8 +70,12 @@ def test_merging_nothing_changes_nothing():
 
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_variance(unbiased):
-    m = jbn.Moments(jnp.asarray([0.0, 0.5, 1.0, 4.0]), jnp.zeros(4), jnp.asarray([0.0, 1.0, 3.0, 6.0]))
-    np.testing.assert_allclose(stats.variance(m, unbiased=unbiased), oracle.variance(oracle.Moments(*m), unbiased))
+    m = jbn.Moments(
+        jnp.asarray([0.0, 0.5, 1.0, 4.0]), jnp.zeros(4), jnp.asarray([0.0, 1.0, 3.0, 6.0])
+    )
+    np.testing.assert_allclose(
+        stats.variance(m, unbiased=unbiased), oracle.variance(oracle.Moments(*m), unbiased)
+    )
     np.testing.assert_allclose(stats.variance(m, unbiased=unbiased)[3], 2.0 if unbiased else 1.5)
 
 
@@ -82,7 +88,10 @@ def over_devices(how, f, devices):
     mesh = jax.make_mesh((devices,), ("i",), axis_types=(AxisType.Auto,))
     return jax.jit(
         jax.shard_map(
-            lambda *a: jax.tree.map(lambda v: v[None], f(*(v[0] for v in a))), mesh=mesh, in_specs=P("i"), out_specs=P("i")
+            lambda *a: jax.tree.map(lambda v: v[None], f(*(v[0] for v in a))),
+            mesh=mesh,
+            in_specs=P("i"),
+            out_specs=P("i"),
         )
     )
 
@@ -92,31 +101,49 @@ def over_devices(how, f, devices):
 def test_psum_moments_of_unequal_shares(how, mean):
     """One of the four counts nothing at all; the rest differ."""
     x = draw(4, 32, 3, mean=mean)
-    weights = jnp.asarray(np.random.default_rng(1).uniform(size=(4, 32, 1)) < np.array([0.2, 0.9, 0.0, 0.5])[:, None, None])
-    summed = over_devices(how, lambda x, w: jbn.psum_moments(jbn.moments(x, weights=w), "i"), 4)(x, weights)
+    weights = jnp.asarray(
+        np.random.default_rng(1).uniform(size=(4, 32, 1))
+        < np.array([0.2, 0.9, 0.0, 0.5])[:, None, None]
+    )
+    summed = over_devices(how, lambda x, w: jbn.psum_moments(jbn.moments(x, weights=w), "i"), 4)(
+        x, weights
+    )
     expected = oracle.moments(x, weights=weights)
     for k in range(4):
-        # Each share's mean is one float32 here: at 1e4 it is off by 5e-4, of which m2 sees the differences.
-        assert_moments(jax.tree.map(operator.itemgetter(k), summed), expected, rtol=3e-5 if mean == 0 else 1e-3)
+        # Each share's mean is one float32 here: at 1e4 it is off by 5e-4, of which m2 sees the
+        # differences.
+        assert_moments(
+            jax.tree.map(operator.itemgetter(k), summed), expected, rtol=3e-5 if mean == 0 else 1e-3
+        )
 
 
 @pytest.mark.parametrize("how", ["vmap", "pmap", "shard_map"])
 def test_synchronized_training_equals_the_whole_batch(how):
     x, (params, state) = draw(4, 6, 3, mean=2), jbn.init(3)
-    weights = jnp.asarray(np.random.default_rng(1).uniform(size=(4, 6, 1)) < np.array([0.3, 0.9, 0.0, 0.5])[:, None, None])
-    train = lambda x, w: jbn.batch_norm_train(x, params, state, weights=w, axis_name="i", momentum=0.5)
+    weights = jnp.asarray(
+        np.random.default_rng(1).uniform(size=(4, 6, 1))
+        < np.array([0.3, 0.9, 0.0, 0.5])[:, None, None]
+    )
+    train = lambda x, w: jbn.batch_norm_train(
+        x, params, state, weights=w, axis_name="i", momentum=0.5
+    )
     y, new = over_devices(how, train, 4)(x, weights)
     expected, m = oracle.forward(x, weights=weights)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     for k in range(4):
-        np.testing.assert_allclose(new.var[k], oracle.running(oracle.State(*state), m, 0.5).var, rtol=1e-5)
+        np.testing.assert_allclose(
+            new.var[k], oracle.running(oracle.State(*state), m, 0.5).var, rtol=1e-5
+        )
 
 
 def test_groups_of_devices_are_normalized_apart():
     x, (params, state) = draw(4, 6, 3), jbn.init(3)
     groups = [[0, 2], [1, 3]]
     y, new = jax.pmap(
-        lambda x: jbn.batch_norm_train(x, params, state, axis_name="i", axis_index_groups=groups, momentum=0.0), axis_name="i"
+        lambda x: jbn.batch_norm_train(
+            x, params, state, axis_name="i", axis_index_groups=groups, momentum=0.0
+        ),
+        axis_name="i",
     )(x)
     for group in groups:
         part = np.asarray(x)[group]

@@ -1,6 +1,8 @@
-"""Every transform of JAX, alone and nested, equals that of a plain jax.numpy batch norm in float64, to 1e-8.
+"""Every transform of JAX, alone and nested, equals that of a plain jax.numpy batch norm in float64,
+to 1e-8.
 
-Each variant of the function (weights, residual, activation, which statistics) meets each transform at least once.
+Each variant of the function (weights, residual, activation, which statistics) meets each transform
+at least once.
 """
 
 import functools
@@ -23,7 +25,12 @@ def inputs(batch=None, seed=0):
     """x, params and residual, as a dict so that every transform sees all of them."""
     rng = np.random.default_rng(seed)
     lead = () if batch is None else (batch,)
-    shapes = {"x": (ROWS, CHANNELS), "scale": (CHANNELS,), "bias": (CHANNELS,), "residual": (ROWS, CHANNELS)}
+    shapes = {
+        "x": (ROWS, CHANNELS),
+        "scale": (CHANNELS,),
+        "bias": (CHANNELS,),
+        "residual": (ROWS, CHANNELS),
+    }
     return {name: jnp.asarray(rng.normal(size=lead + shape)) for name, shape in shapes.items()}
 
 
@@ -62,7 +69,9 @@ def ours(variant, i):
         # The statistics depend on x too, so that their cotangents are seen.
         mean, var = i["x"].mean(0), 1 + jnp.square(i["x"]).mean(0)
         return jbn.normalize(i["x"], mean, var, params, **common), mean, var
-    y, state = jbn.batch_norm_train(i["x"], params, start(), momentum=MOMENTUM, weights=weights_of(kind), **common)
+    y, state = jbn.batch_norm_train(
+        i["x"], params, start(), momentum=MOMENTUM, weights=weights_of(kind), **common
+    )
     return y, state.mean, state.var
 
 
@@ -92,7 +101,9 @@ def loss(f):
 
     def scalar(i):
         y, mean, var = f(i)
-        return jnp.sin(y * coefficient).sum() + jnp.square(mean).sum() + (coefficient[0] * var).sum()
+        return (
+            jnp.sin(y * coefficient).sum() + jnp.square(mean).sum() + (coefficient[0] * var).sum()
+        )
 
     return scalar
 
@@ -140,7 +151,9 @@ TRANSFORMS = {
     "jvp": lambda f: jax.jvp(f, (inputs(),), (inputs(seed=1),)),
     "linearize": lambda f: jax.linearize(f, inputs())[1](inputs(seed=1)),
     "vjp": lambda f: jax.vjp(f, inputs())[1](f(inputs(seed=1))),
-    "linear_transpose": lambda f: jax.linear_transpose(jax.linearize(f, inputs())[1], inputs())(f(inputs(seed=1))),
+    "linear_transpose": lambda f: jax.linear_transpose(jax.linearize(f, inputs())[1], inputs())(
+        f(inputs(seed=1))
+    ),
     "grad": lambda f: jax.grad(loss(f))(inputs()),
     "jacfwd": lambda f: jax.jacfwd(f)(inputs()),
     "jacrev": lambda f: jax.jacrev(f)(inputs()),
@@ -166,8 +179,12 @@ TRANSFORMS = {
     "vmap of jacfwd": lambda f: each_row(jax.jacfwd(lambda i: f(i)[1:])),
     "vmap of jacrev": lambda f: each_row(jax.jacrev(lambda i: f(i)[1:])),
     "vmap of hessian": lambda f: each_row(lambda i: jax.hessian(with_x(i, loss(f)))(i["x"])),
-    "vmap of grad of grad": lambda f: each_row(jax.grad(lambda i: jax.grad(loss(f))(i)["x"][0].sum())),
-    "vmap of vmap": lambda f: jax.vmap(jax.vmap(f))(jax.tree.map(lambda a: a[None], inputs(batch=3))),
+    "vmap of grad of grad": lambda f: each_row(
+        jax.grad(lambda i: jax.grad(loss(f))(i)["x"][0].sum())
+    ),
+    "vmap of vmap": lambda f: jax.vmap(jax.vmap(f))(
+        jax.tree.map(lambda a: a[None], inputs(batch=3))
+    ),
     "vmap of vmap of grad": lambda f: jax.vmap(jax.vmap(jax.grad(loss(f))))(
         jax.tree.map(lambda a: a[:, None], inputs(batch=3))
     ),
@@ -182,12 +199,16 @@ TRANSFORMS = {
     "remat, nothing saveable": remat(POLICIES.nothing_saveable),
     "remat, everything saveable": remat(POLICIES.everything_saveable),
     "remat, dots saveable": remat(POLICIES.dots_saveable),
-    "hessian of remat": lambda f: jax.hessian(jax.checkpoint(with_x(inputs(), loss(f))))(inputs()["x"]),
+    "hessian of remat": lambda f: jax.hessian(jax.checkpoint(with_x(inputs(), loss(f))))(
+        inputs()["x"]
+    ),
     "vmap of remat": lambda f: each_row(jax.grad(jax.checkpoint(loss(f)))),
     "scan": lambda f: scanned_twice(f)(inputs()["x"]),
     "grad of scan": lambda f: jax.grad(scanned_twice(f))(inputs()["x"]),
     "hessian of scan": lambda f: jax.hessian(scanned_twice(f))(inputs()["x"]),
-    "jvp of grad of scan": lambda f: directional(lambda i: jax.grad(scanned_twice(f))(i["x"]), inputs(), 1),
+    "jvp of grad of scan": lambda f: directional(
+        lambda i: jax.grad(scanned_twice(f))(i["x"]), inputs(), 1
+    ),
     "cond": lambda f: conditional(f)(inputs()),
     "grad of cond": lambda f: jax.grad(conditional(f))(inputs()),
     "vmap of grad of cond": lambda f: each_row(jax.grad(conditional(f))),
@@ -201,8 +222,15 @@ def pairs():
     names = list(VARIANTS)
     for k, transform in enumerate(TRANSFORMS):
         chosen = [names[(2 * k + j) % len(names)] for j in range(3)]
-        yield from (pytest.param(transform, variant) for variant in (names if transform == "grad" else chosen[:1]))
-        yield from (pytest.param(transform, v, marks=pytest.mark.grid) for v in chosen[1:] if transform != "grad")
+        yield from (
+            pytest.param(transform, variant)
+            for variant in (names if transform == "grad" else chosen[:1])
+        )
+        yield from (
+            pytest.param(transform, v, marks=pytest.mark.grid)
+            for v in chosen[1:]
+            if transform != "grad"
+        )
 
 
 @pytest.mark.parametrize(("transform", "variant"), list(pairs()))
@@ -216,11 +244,19 @@ def test_equals_plain_jax_numpy(transform, variant):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-3
 
 
-@pytest.mark.parametrize("transform", ["jvp", "grad", "grad of jvp", "vmap of grad", "grad of scan", "grad of cond", "remat"])
+@pytest.mark.parametrize(
+    "transform",
+    ["jvp", "grad", "grad of jvp", "vmap of grad", "grad of scan", "grad of cond", "remat"],
+)
 def test_equals_plain_jax_numpy_without_jit(transform):
     run = TRANSFORMS[transform]
-    actual, expected = run(functools.partial(ours, "add+relu")), run(functools.partial(plain, "add+relu"))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), actual, expected)
+    actual, expected = (
+        run(functools.partial(ours, "add+relu")),
+        run(functools.partial(plain, "add+relu")),
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), actual, expected
+    )
 
 
 ONE_AT_A_TIME = {
@@ -229,13 +265,17 @@ ONE_AT_A_TIME = {
     "grad": lambda f: jax.grad(loss(f))(inputs()),
     "jacfwd": lambda f: jax.jacfwd(f)(inputs()),
     "hessian": lambda f: jax.hessian(with_x(inputs(), loss(f)))(inputs()["x"]),
-    "third order": lambda f: directional(lambda i: directional(jax.grad(loss(f)), i, 1), inputs(), 2),
+    "third order": lambda f: directional(
+        lambda i: directional(jax.grad(loss(f)), i, 1), inputs(), 2
+    ),
     "vmap of grad": lambda f: each_row(jax.grad(loss(f))),
     "remat": remat(None),
 }
 
 
-@pytest.mark.parametrize("variant", ["add+relu", pytest.param("add+leaky_relu, weights", marks=pytest.mark.grid)])
+@pytest.mark.parametrize(
+    "variant", ["add+relu", pytest.param("add+leaky_relu, weights", marks=pytest.mark.grid)]
+)
 @pytest.mark.parametrize("transform", ONE_AT_A_TIME)
 def test_one_example_at_a_time(transform, variant):
     """vmap with an axis name, as many write their networks: x of rank 1, statistics over the mapped axis."""
@@ -250,9 +290,13 @@ def test_one_example_at_a_time(transform, variant):
 
     def f(i):
         weights = weights_of(kind)
-        mapped = jax.vmap(one, (0, 0, None if weights is None else 0, None), (0, None, None), axis_name="batch")
+        mapped = jax.vmap(
+            one, (0, 0, None if weights is None else 0, None), (0, None, None), axis_name="batch"
+        )
         return mapped(i["x"], i["residual"], weights, jbn.Params(i["scale"], i["bias"]))
 
     run = ONE_AT_A_TIME[transform]
     actual, expected = jax.jit(lambda: (run(f), run(functools.partial(plain, variant))))()
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), actual, expected
+    )

@@ -1,7 +1,8 @@
 """A training run that may be killed at any moment: `python resumable.py FOLDER STEPS`.
 
-Each step's checkpoint is written beside the last and renamed into place, so that what exists is whole.  Prints "step N" once
-checkpoint N is in place, and at the end the digest of everything it holds.
+Each step's checkpoint is written beside the last and renamed into place, so that what exists is
+whole.  Prints "step N" once checkpoint N is in place, and at the end the digest of everything it
+holds.
 """
 
 import hashlib

@@ -24,7 +24,9 @@ def layer(dtype=jnp.float32, use_bias=True):
     params, state = jbn.init((3, 4), param_dtype=dtype, use_bias=use_bias)
     leaves, tree = jax.tree.flatten((params, state))
     rng = np.random.default_rng(0)
-    return tree.unflatten([jnp.asarray(rng.uniform(1, 100, leaf.shape), leaf.dtype) for leaf in leaves])
+    return tree.unflatten(
+        [jnp.asarray(rng.uniform(1, 100, leaf.shape), leaf.dtype) for leaf in leaves]
+    )
 
 
 def same(found, expected):
@@ -47,7 +49,9 @@ def test_flax_serialization_keeps_everything(dtype, use_bias):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_orbax_keeps_everything(tmp_path, dtype, use_bias):
-    orbax = pytest.importorskip("orbax.checkpoint", reason="needs orbax: pip install 'jbn[examples]'")
+    orbax = pytest.importorskip(
+        "orbax.checkpoint", reason="needs orbax: pip install 'jbn[examples]'"
+    )
     saved, target = layer(dtype, use_bias), jax.tree.map(jnp.zeros_like, layer(dtype, use_bias))
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "layer", saved)
@@ -57,7 +61,11 @@ def test_orbax_keeps_everything(tmp_path, dtype, use_bias):
 
 def start(folder):
     """The run in a process of its own, one thread, as several share the machine."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, str(SCRIPT), str(folder), str(STEPS)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
 
@@ -82,7 +90,9 @@ def test_a_run_killed_ten_times_ends_in_the_same_bits(tmp_path):
     last = 0
     for kill in range(1, KILLS + 1):
         process = start(tmp_path / "killed")
-        at = rng.randint(STEPS // 2 * (kill - 1) // KILLS + 1, STEPS // 2 * kill // KILLS)  # well before the end
+        at = rng.randint(
+            STEPS // 2 * (kill - 1) // KILLS + 1, STEPS // 2 * kill // KILLS
+        )  # well before the end
         resumed = int(process.stdout.readline().removeprefix("resumed at "))
         assert resumed >= last, "a checkpoint was lost"
         for line in process.stdout:

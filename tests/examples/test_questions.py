@@ -44,7 +44,9 @@ def test_question_is_answered_and_drawn(number, tmp_path, capsys):
     assert (tmp_path / f"{number}_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 8])  # 7 fails too, but only after all of its 20 seconds
+@pytest.mark.parametrize(
+    "number", [1, 2, 3, 4, 5, 6, 8]
+)  # 7 fails too, but only after all of its 20 seconds
 def test_claims_fail_without_normalization(number, monkeypatch):
     monkeypatch.setattr(jbn, "batch_norm_train", no_normalization)
     with pytest.raises(AssertionError, match="not so: "):
@@ -53,7 +55,11 @@ def test_claims_fail_without_normalization(number, monkeypatch):
 
 def test_each_question_takes_at_most_30_lines_of_code():
     names = {question.__name__ for question in questions.QUESTIONS}
-    functions = [node for node in ast.parse(PATH.read_text()).body if isinstance(node, ast.FunctionDef) and node.name in names]
+    functions = [
+        node
+        for node in ast.parse(PATH.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name in names
+    ]
     assert len(functions) == 8
     assert {f.name: code_lines(f) for f in functions if code_lines(f) > 30} == {}
 

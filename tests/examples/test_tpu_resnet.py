@@ -19,9 +19,14 @@ STEPS = 50
 def _start(arguments, cache):
     """The example on its own, as a user starts it; programs compiled once are kept in `cache`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, str(EXAMPLES / "tpu_resnet.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def _finish(process):
@@ -37,10 +42,23 @@ def training(tmp_path_factory):
     generator = np.random.default_rng(0)
     labels = np.arange(320) % 4
     tiles = generator.integers(256, size=(4, 16, 16, 3))
-    images = np.clip(tiles[labels] + generator.normal(0, 30, (320, 16, 16, 3)), 0, 255).astype(np.uint8)
+    images = np.clip(tiles[labels] + generator.normal(0, 30, (320, 16, 16, 3)), 0, 255).astype(
+        np.uint8
+    )
     np.savez(folder / "images.npz", images=images, labels=labels)
     size = ["--blocks", 1, 1, "--width", 8, "--image-size", 16, "--batch-size", 4]
-    run = ["--fake-devices", 8, "--steps", STEPS, "--data", folder / "images.npz", "--save-every", 5, "--log-every", 1]
+    run = [
+        "--fake-devices",
+        8,
+        "--steps",
+        STEPS,
+        "--data",
+        folder / "images.npz",
+        "--save-every",
+        5,
+        "--log-every",
+        1,
+    ]
     return size + run, folder
 
 
@@ -65,7 +83,10 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(training):
     first = re.search(r"from step (\d+) to", resumed)
     assert first is not None
     assert 10 <= int(first.group(1)) < STEPS
-    digests = [re.findall(rf"state after step {STEPS}: sha256 (\w+)", output) for output in (whole, resumed)]
+    digests = [
+        re.findall(rf"state after step {STEPS}: sha256 (\w+)", output)
+        for output in (whole, resumed)
+    ]
     assert len(digests[0]) == 1
     assert digests[0] == digests[1]
 
@@ -83,10 +104,14 @@ def test_image_folder(tmp_path, monkeypatch):
     assert (len(train.labels), len(test.labels)) == (18, 2)
     for batch in image_data.batches(train, 6, seed=0):
         expected = np.array([(-1, -1, 1), (1, -1, -1)], np.float32)[batch["label"]]
-        np.testing.assert_array_equal(batch["image"], np.broadcast_to(expected[:, None, None], (6, 8, 8, 3)))
+        np.testing.assert_array_equal(
+            batch["image"], np.broadcast_to(expected[:, None, None], (6, 8, 8, 3))
+        )
     (filled,) = image_data.batches(test, 8, seed=None)
     assert (filled["label"] == -1).sum() == 6
-    epochs = [[b["label"] for b in image_data.batches(train, 6, seed=0, epoch=epoch)] for epoch in (0, 1)]
+    epochs = [
+        [b["label"] for b in image_data.batches(train, 6, seed=0, epoch=epoch)] for epoch in (0, 1)
+    ]
     later = [b["label"] for b in image_data.batches(train, 6, seed=0, epoch=0, skip=1)]
     np.testing.assert_array_equal(later, epochs[0][1:])
     assert not np.array_equal(epochs[0], epochs[1])
@@ -98,7 +123,17 @@ def test_image_folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compile_only(tmp_path):
     """On 256 chips the only collectives are all-reduces, none larger than the gradient of all parameters."""
-    arguments = ["--compile-only", "v5e:16x16", "--blocks", 1, 1, "--batch-size", 16, "--image-size", 64]
+    arguments = [
+        "--compile-only",
+        "v5e:16x16",
+        "--blocks",
+        1,
+        1,
+        "--batch-size",
+        16,
+        "--image-size",
+        64,
+    ]
     output = _finish(_start(arguments, tmp_path))
     assert "v5e:16x16, 256 chips, jbn" in output
     assert float(re.search(r"([\d.]+) M estimated cycles", output).group(1)) > 0

@@ -26,7 +26,9 @@ def norm_of(features, seed=0):
 
 
 def normalized(y, params, state, axis, eps=1e-5):
-    return oracle.normalize(y, state.mean, state.var, params.scale, params.bias, axis=(axis,), eps=eps)
+    return oracle.normalize(
+        y, state.mean, state.var, params.scale, params.bias, axis=(axis,), eps=eps
+    )
 
 
 def draw(*shape, seed=1):
@@ -43,7 +45,9 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=108 * 2**-23 * np.abs(np.asarray(b)).max())
 
 
-@pytest.mark.parametrize("layouts", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("CNHW", "IHWO", "NHWC"), None])
+@pytest.mark.parametrize(
+    "layouts", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("CNHW", "IHWO", "NHWC"), None]
+)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_convolutions_of_any_layout(layouts, groups, with_bias):
@@ -55,8 +59,18 @@ def test_convolutions_of_any_layout(layouts, groups, with_bias):
     feature = out.index("C")
 
     def layer(kernel, bias):
-        y = HIGHEST(x, kernel, (2, 1), "SAME", dimension_numbers=layouts, feature_group_count=groups, rhs_dilation=(1, 2))
-        return y if bias is None else y + bias.reshape([-1 if a == feature else 1 for a in range(4)])
+        y = HIGHEST(
+            x,
+            kernel,
+            (2, 1),
+            "SAME",
+            dimension_numbers=layouts,
+            feature_group_count=groups,
+            rhs_dilation=(1, 2),
+        )
+        return (
+            y if bias is None else y + bias.reshape([-1 if a == feature else 1 for a in range(4)])
+        )
 
     _, out_axis = fold.kernel_axes(layouts, 4)
     folded = fold.fold_previous(kernel, bias, params, state, out_axis=out_axis)
@@ -68,11 +82,19 @@ def test_transposed_convolutions(transpose_kernel):
     x, params, state = draw(2, 5, 5, 3), *norm_of(4)
     kernel = draw(3, 3, *((4, 3) if transpose_kernel else (3, 4)), seed=2)
     layer = lambda kernel: lax.conv_transpose(
-        x, kernel, (2, 2), "SAME", transpose_kernel=transpose_kernel, precision=lax.Precision.HIGHEST
+        x,
+        kernel,
+        (2, 2),
+        "SAME",
+        transpose_kernel=transpose_kernel,
+        precision=lax.Precision.HIGHEST,
     )
     _, out_axis = fold.kernel_axes(("NHWC", "HWIO", "NHWC"), 4, transpose_kernel=transpose_kernel)
     folded, bias = fold.fold_previous(kernel, None, params, state, out_axis=out_axis, eps=1e-3)
-    close(layer(folded) + bias.reshape(1, 1, 1, 4), normalized(layer(kernel), params, state, 3, eps=1e-3))
+    close(
+        layer(folded) + bias.reshape(1, 1, 1, 4),
+        normalized(layer(kernel), params, state, 3, eps=1e-3),
+    )
 
 
 def test_dense_layers_with_one_and_two_feature_axes():
@@ -95,7 +117,9 @@ def test_norms_without_parameters_and_bfloat16_kernels(missing):
     close(x @ folded + bias[None], normalized(x @ kernel, params, state, 1))
     low, low_bias = fold.fold_previous(kernel.astype(jnp.bfloat16), None, params, state)
     assert low.dtype == low_bias.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(jnp.float32), folded, rtol=2**-7)  # rounded before and after
+    np.testing.assert_allclose(
+        low.astype(jnp.float32), folded, rtol=2**-7
+    )  # rounded before and after
 
 
 @pytest.mark.parametrize("layouts", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")])
@@ -109,15 +133,22 @@ def test_into_the_following_convolution(layouts, groups, with_bias):
     params, state = norm_of(4)
 
     def layer(x, kernel, bias):
-        y = HIGHEST(x, kernel, (1, 1), "VALID", dimension_numbers=layouts, feature_group_count=groups)
-        return y if bias is None else y + bias.reshape([-1 if letter == "C" else 1 for letter in out])
+        y = HIGHEST(
+            x, kernel, (1, 1), "VALID", dimension_numbers=layouts, feature_group_count=groups
+        )
+        return (
+            y if bias is None else y + bias.reshape([-1 if letter == "C" else 1 for letter in out])
+        )
 
     in_axis, out_axis = fold.kernel_axes(layouts, 4)
     axes = {"in_axis": in_axis, "out_axis": out_axis, "groups": groups}
     folded = fold.fold_next(params, state, kernel, bias, padding="VALID", **axes)
     before = jnp.asarray(normalized(x, params, state, lhs.index("C")), jnp.float32)
     close(layer(x, *folded), layer(before, kernel, bias))
-    assert fold.fold_next(params, state, kernel, bias, padding=((0, 0), (0, 0)), **axes)[0].shape == kernel.shape
+    assert (
+        fold.fold_next(params, state, kernel, bias, padding=((0, 0), (0, 0)), **axes)[0].shape
+        == kernel.shape
+    )
     for padding in ("SAME", ((1, 1), (0, 0))):
         with pytest.raises(ValueError, match="padding is"):
             fold.fold_next(params, state, kernel, bias, padding=padding, **axes)
@@ -153,7 +184,10 @@ class Traps(nn.Module):
         if self.skipping:
             x = nn.BatchNorm(use_running_average=True, name="after_nothing_linear")(nn.relu(x))
             read_twice = nn.Conv(8, (1, 1), name="read_twice")(x)
-            x = nn.BatchNorm(use_running_average=True, name="beside_a_skip")(read_twice) + read_twice
+            x = (
+                nn.BatchNorm(use_running_average=True, name="beside_a_skip")(read_twice)
+                + read_twice
+            )
             shared = nn.Conv(8, (1, 1), name="shared")
             x = shared(nn.BatchNorm(use_running_average=True, name="after_shared")(shared(x)))
         x = norm()(nn.ConvTranspose(4, (3, 3), transpose_kernel=True)(x))
@@ -164,7 +198,9 @@ def with_random_statistics(variables, seed=0):
     """Scales, biases, means and variances as training could have left them."""
     leaves, tree = jax.tree.flatten(variables)
     rng = np.random.default_rng(seed)
-    return tree.unflatten([jnp.asarray(rng.uniform(0.2, 1, leaf.shape), leaf.dtype) for leaf in leaves])
+    return tree.unflatten(
+        [jnp.asarray(rng.uniform(0.2, 1, leaf.shape), leaf.dtype) for leaf in leaves]
+    )
 
 
 @pytest.mark.third_party
@@ -182,12 +218,16 @@ def test_linen_pairs_are_found_and_folded(norm):
     folded = fold.fold_variables(variables, pairs)
     assert set(folded["batch_stats"]) == {"after_nothing_linear", "beside_a_skip", "after_shared"}
     after = Traps(fold.FoldedNorm, use_bias=True)
-    certificate = fold.certify(lambda x: model.apply(variables, x), lambda x: after.apply(folded, x), [x])
+    certificate = fold.certify(
+        lambda x: model.apply(variables, x), lambda x: after.apply(folded, x), [x]
+    )
     certificate.require(1e-5 * certificate.max_output)
     wrong = [pair._replace(eps=0.1) for pair in pairs]
     with pytest.raises(ValueError, match="max_error"):
         fold.certify(
-            lambda x: model.apply(variables, x), lambda x: after.apply(fold.fold_variables(variables, wrong), x), [x]
+            lambda x: model.apply(variables, x),
+            lambda x: after.apply(fold.fold_variables(variables, wrong), x),
+            [x],
         ).require(1e-5 * certificate.max_output)
 
 
@@ -206,8 +246,13 @@ class NnxModel(nnx.Module):
         norm = functools.partial(jbn.nnx.BatchNorm, use_running_average=True, rngs=rngs)
         self.conv = nnx.Conv(4, 8, (3, 3), rngs=rngs)
         self.bn = norm(8, activation=jax.nn.relu)
-        self.layers = nnx.List([nnx.Conv(8, 8, (1, 1), use_bias=False, rngs=rngs), norm(8, activation=jax.nn.relu)])
-        self.dense, self.last = nnx.Linear(8, 3, rngs=rngs), nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+        self.layers = nnx.List(
+            [nnx.Conv(8, 8, (1, 1), use_bias=False, rngs=rngs), norm(8, activation=jax.nn.relu)]
+        )
+        self.dense, self.last = (
+            nnx.Linear(8, 3, rngs=rngs),
+            nnx.BatchNorm(3, use_running_average=True, rngs=rngs),
+        )
 
     def __call__(self, x):
         x = self.bn(self.conv(x))
@@ -221,7 +266,10 @@ def test_nnx_pairs_are_found_and_folded():
     nnx.update(model, with_random_statistics(nnx.state(model)))
     graph, state = nnx.split(model)
     pairs = fold.find_pairs(lambda v, x: nnx.merge(graph, v)(x), state, x)
-    assert [(pair.layer, pair.norm) for pair in pairs] == [(("conv",), ("bn",)), (("layers", 0), ("layers", 1))]
+    assert [(pair.layer, pair.norm) for pair in pairs] == [
+        (("conv",), ("bn",)),
+        (("layers", 0), ("layers", 1)),
+    ]
     folded = fold.fold_nnx(model, pairs)
     kinds = [type(module) for _, module in nnx.iter_modules(folded)]
     assert jbn.nnx.BatchNorm not in kinds
@@ -233,7 +281,10 @@ def test_nnx_pairs_are_found_and_folded():
 
 
 def test_bad_pairs_are_errors():
-    variables = {"params": {"a": {"kernel": draw(2, 3)}}, "batch_stats": {"n": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
+    variables = {
+        "params": {"a": {"kernel": draw(2, 3)}},
+        "batch_stats": {"n": {"mean": jnp.zeros(3), "var": jnp.ones(3)}},
+    }
     with pytest.raises(ValueError, match="two pairs"):
         fold.fold_variables(variables, [fold.Pair(("a",), ("n",)), fold.Pair(("b",), ("n",))])
     with pytest.raises(ValueError, match="no b in the variables"):
@@ -241,7 +292,9 @@ def test_bad_pairs_are_errors():
 
 
 def test_a_certificate_sees_nan_and_demands_inputs():
-    assert np.isnan(fold.certify(lambda x: x, lambda x: x * np.nan, [np.ones(2), np.zeros(2)]).max_error)
+    assert np.isnan(
+        fold.certify(lambda x: x, lambda x: x * np.nan, [np.ones(2), np.zeros(2)]).max_error
+    )
     with pytest.raises(ValueError, match="max_error is nan"):
         fold.certify(lambda x: x, lambda x: x * np.nan, [np.ones(2)]).require(1.0)
     with pytest.raises(ValueError, match="inputs is empty"):

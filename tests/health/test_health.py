@@ -30,7 +30,9 @@ class Digits(nn.Module):
     def __call__(self, x, train):
         for _ in range(2):
             x = nn.Dense(16, use_bias=False)(x)
-            x = jbn.linen.BatchNorm(use_running_average=not train, momentum=0.9, activation=jax.nn.relu)(x)
+            x = jbn.linen.BatchNorm(
+                use_running_average=not train, momentum=0.9, activation=jax.nn.relu
+            )(x)
         return nn.Dense(10)(x)
 
 
@@ -39,8 +41,12 @@ def train(variables, steps, images=PIXELS):
     sgd = optax.adam(3e-3)
 
     def loss(params, batch_stats, x, labels):
-        logits, new = Digits().apply({"params": params, "batch_stats": batch_stats}, x, True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+        logits, new = Digits().apply(
+            {"params": params, "batch_stats": batch_stats}, x, True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
+            "batch_stats"
+        ]
 
     @jax.jit
     def step(params, batch_stats, opt_state, x, labels):
@@ -51,7 +57,9 @@ def train(variables, steps, images=PIXELS):
     params, batch_stats = variables["params"], variables["batch_stats"]
     opt_state = sgd.init(params)
     for rows in np.random.default_rng(0).integers(0, len(LABELS), (steps, 128)):
-        params, batch_stats, opt_state = step(params, batch_stats, opt_state, images[rows], LABELS[rows])
+        params, batch_stats, opt_state = step(
+            params, batch_stats, opt_state, images[rows], LABELS[rows]
+        )
     return {"params": params, "batch_stats": batch_stats}
 
 
@@ -149,7 +157,9 @@ def test_numbers_against_the_oracle():
     )
     measured = health.report(params, state, jbn.moments(jnp.float32(x)), eps=0.5, momentum=0.9)
     y = oracle.normalize(x, mean, var, scale, bias, eps=0.5)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)  # float32 in, float64 after that
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=1e-5
+    )  # float32 in, float64 after that
     close(measured.one_sided, y.mean(0) / y.std(0), rtol=1e-4)
     close(measured.signal, np.sqrt(x.var(0) / (x.var(0) + 0.5)))
     close(measured.ratio, np.abs(mean) / np.sqrt(var))
@@ -163,7 +173,9 @@ def test_never_updated_with_and_without_a_count():
     assert named(health.report(params, state)) == [("layer", "never updated", ())]
     assert named(health.report(params, state._replace(count=jnp.int32(9)))) == []
     variables = Digits().init(jax.random.key(0), PIXELS[:2], False)
-    assert named(health.model_report(variables)) == [(name, "never updated", ()) for name in ("BatchNorm_0", "BatchNorm_1")]
+    assert named(health.model_report(variables)) == [
+        (name, "never updated", ()) for name in ("BatchNorm_0", "BatchNorm_1")
+    ]
 
 
 def test_a_replica_that_diverged_is_named_in_stacked_variables(trained):
@@ -174,7 +186,9 @@ def test_a_replica_that_diverged_is_named_in_stacked_variables(trained):
     assert named(report) == [("BatchNorm_1", "replicas disagree", ())]
     assert "replica 2 of 4" in str(report)
     std = np.sqrt(trained["batch_stats"]["BatchNorm_1"]["var"][5])
-    np.testing.assert_allclose(report.layers[1].disagreement, [0, 0, 1 / std, 0], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        report.layers[1].disagreement, [0, 0, 1 / std, 0], rtol=1e-6, atol=1e-12
+    )
 
 
 def test_a_replica_that_diverged_is_named_among_device_copies():
@@ -218,7 +232,9 @@ def test_nnx_and_functional_models():
         assert named(health.model_report(variables)) == expected
     params, state = jbn.init(3)
     broken = state._replace(mean=jnp.array([0.0, jnp.nan, 0.0]), count=jnp.int32(1))
-    assert named(health.model_report({"encoder": {"norm": (params, broken)}})) == [("encoder/norm", "not finite", (1,))]
+    assert named(health.model_report({"encoder": {"norm": (params, broken)}})) == [
+        ("encoder/norm", "not finite", (1,))
+    ]
 
 
 def test_moments_of_a_layer_called_twice_are_pooled():
@@ -282,11 +298,18 @@ def test_nnx_and_tuples_come_back_from_a_checkpoint(tmp_path):
             self.norm = jbn.nnx.BatchNorm(4, rngs=rngs)
 
     params, state = jbn.init(2)
-    for tree, name in ((nnx.state(Net(nnx.Rngs(0))), "norm"), ({"first": (params, state)}, "first")):
+    for tree, name in (
+        (nnx.state(Net(nnx.Rngs(0))), "norm"),
+        ({"first": (params, state)}, "first"),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         for save in (saved_orbax, saved_msgpack):
-            plain = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) and save is saved_msgpack else tree
+            plain = (
+                nnx.to_pure_dict(tree)
+                if isinstance(tree, nnx.State) and save is saved_msgpack
+                else tree
+            )
             assert list(checkpoints.find(checkpoints.load(save(plain, folder)))) == [name]
 
 

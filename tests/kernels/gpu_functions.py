@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from jbn.bench import hlo, targets
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, StatsGradient
 
 CALLED = {"triton": "__gpu$xla.gpu.triton", "mosaic_gpu": "mosaic_gpu_v2"}
 
 needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="JAX 0.10 has no interpreter for the copies of Mosaic GPU"
+    jax.__version_info__ < (0, 11),
+    reason="JAX 0.10 has no interpreter for the copies of Mosaic GPU",
 )
 
 
@@ -24,11 +25,24 @@ def forward(kernels, activation, with_residual, x, affine, dy, residual):
 
 
 def backward(kernels, activation, with_residual, x, affine, dy, residual):
-    known = {"saved": residual if with_residual else None, "weights": None, "axis": (1,), "activation": activation}
+    known = {
+        "saved": residual if with_residual else None,
+        "weights": None,
+        "axis": (1,),
+        "activation": activation,
+    }
     sums = kernels.bwd_stats(x, dy, affine, **known, interpret=False)
     residual_dtype = x.dtype if with_residual else None
-    pull = Pull(affine.gain, affine.bias)
-    return sums, kernels.bwd_apply(x, dy, affine, pull=pull, residual_dtype=residual_dtype, **known, interpret=False)
+    stats_gradient = StatsGradient(affine.gain, affine.bias)
+    return sums, kernels.bwd_apply(
+        x,
+        dy,
+        affine,
+        stats_gradient=stats_gradient,
+        residual_dtype=residual_dtype,
+        **known,
+        interpret=False,
+    )
 
 
 def both(*arguments):
@@ -41,13 +55,19 @@ def compiled(target, fn, shape, dtype, **options):
     # XLA gives up where a register of a Triton kernel is spilled.
     options["xla_gpu_fail_ptx_compilation_on_register_spilling"] = True
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # that of the Triton backend is silenced where it arises
-        return targets.compile_for(target, fn, x, Affine(*[vector] * 4), x, x, compiler_options=options)
+        warnings.simplefilter(
+            "error", DeprecationWarning
+        )  # that of the Triton backend is silenced where it arises
+        return targets.compile_for(
+            target, fn, x, Affine(*[vector] * 3), x, x, compiler_options=options
+        )
 
 
 def passes(compiled, shape, dtype):
     """Bytes that the compiled function moves, in units of x."""
-    return hlo.moved(hlo.operations(compiled.as_text())) / (np.prod(shape) * jnp.dtype(dtype).itemsize)
+    return hlo.moved(hlo.operations(compiled.as_text())) / (
+        np.prod(shape) * jnp.dtype(dtype).itemsize
+    )
 
 
 def launches(compiled, backend):

@@ -14,7 +14,8 @@ import jbn
 CHANNELS = (1, 3, 8, 24, 64, 80, 96, 112, 192, 320, 1000, 1280, 2048)
 ROWS = (2, 5, 63, 256, 1000, 12544)
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
-# What each dtype resolves with a standard deviation of 1: one float32 ulp at 1e4 is 1e-3, one bfloat16 ulp at 10 is 2^-4.
+# What each dtype resolves with a standard deviation of 1: one float32 ulp at 1e4 is 1e-3, one
+# bfloat16 ulp at 10 is 2^-4.
 MEANS = {"float32": 1e4, "bfloat16": 10.0, "float16": 100.0}
 # Rounding a result to x's dtype, half an ulp; float32 results are compared to ACCURACY alone.
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -31,7 +32,11 @@ class Case(NamedTuple):
     with_mean: bool  # x is about MEANS[dtype] rather than 0
 
     def __str__(self):
-        extras = [self.activation or "linear", *["residual"] * self.with_residual, *["mean"] * self.with_mean]
+        extras = [
+            self.activation or "linear",
+            *["residual"] * self.with_residual,
+            *["mean"] * self.with_mean,
+        ]
         return f"{self.rows}x{self.channels}-{self.dtype}-{'-'.join(extras)}"
 
 
@@ -53,9 +58,12 @@ def pairwise() -> list[Case]:
 def parameters() -> list:
     """For `pytest.mark.parametrize("case", ...)`: the small pairwise cases, and all the others under `-m grid`."""
     small = [case for case in pairwise() if case.channels * case.rows <= DEFAULT_SIZE]
-    grid = itertools.product(CHANNELS, ROWS, ("float32", "bfloat16"), (None, "relu"), (False, True), (True,))
+    grid = itertools.product(
+        CHANNELS, ROWS, ("float32", "bfloat16"), (None, "relu"), (False, True), (True,)
+    )
     others = sorted(
-        {*itertools.starmap(Case, grid), *pairwise()} - set(small), key=lambda case: (case.rows * case.channels, str(case))
+        {*itertools.starmap(Case, grid), *pairwise()} - set(small),
+        key=lambda case: (case.rows * case.channels, str(case)),
     )
     return [pytest.param(case, id=str(case)) for case in small] + [
         pytest.param(case, id=str(case), marks=pytest.mark.grid) for case in others
@@ -69,7 +77,8 @@ def check(implementation: str, case: Case, shape: tuple[int, ...] | None = None)
     y, m = oracle.forward(x, scale, bias, **known)
     z, _ = oracle.forward(x, scale, bias, residual=residual)
     z_size = np.abs(z).max()
-    # Within rounding of zero, which side of relu z lies on is anybody's guess: no cotangent from there.
+    # Within rounding of zero, which side of relu z lies on is anybody's guess: no cotangent from
+    # there.
     dy = np.where(np.abs(z) <= 4 * ACCURACY * z_size, np.zeros_like(dy), dy)
     want = oracle.backward(x, dy, scale, bias, **known)
 
@@ -79,11 +88,18 @@ def check(implementation: str, case: Case, shape: tuple[int, ...] | None = None)
     _close("y", got_y, y, rounding, z_size)
     _close("mean", state.mean, m.mean, 2.0**-23, np.sqrt(var).max())
     _close("var", state.var, var, ACCURACY, 0.0)
-    # dx is the difference of terms of the size of gain * dz, which for few rows cancel; the sums are random walks.
+    # dx is the difference of terms of the size of gain * dz, which for few rows cancel; the sums
+    # are random walks.
     rstd = 1 / np.sqrt(var + 1e-5)
     _close("dx", got["x"], want.x, rounding, np.abs(scale * rstd * want.residual).max())
     xhat = (np.asarray(x, np.float64) - m.mean) * rstd
-    _close("dscale", got["scale"], want.scale, 0.0, np.sqrt(np.square(want.residual * xhat).sum(0)).max())
+    _close(
+        "dscale",
+        got["scale"],
+        want.scale,
+        0.0,
+        np.sqrt(np.square(want.residual * xhat).sum(0)).max(),
+    )
     _close("dbias", got["bias"], want.bias, 0.0, np.sqrt(np.square(want.residual).sum(0)).max())
     if case.with_residual:
         _close("dresidual", got["residual"], want.residual, rounding, np.abs(want.residual).max())
@@ -122,7 +138,12 @@ def _run(implementation, case, shape, x, dy, residual, scale, bias):
         )
 
     with_shape = lambda a: None if a is None else jnp.asarray(a).reshape(shape)
-    arguments = {"x": with_shape(x), "residual": with_shape(residual), "scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+    arguments = {
+        "x": with_shape(x),
+        "residual": with_shape(residual),
+        "scale": jnp.asarray(scale),
+        "bias": jnp.asarray(bias),
+    }
 
     @jax.jit
     def forward_and_backward(arguments, dy):

@@ -8,23 +8,34 @@ import numpy as np
 import oracle
 import pytest
 
-from jbn.kernels import blocks, pallas
+from jbn.kernels import blocks
+from jbn.kernels import shared_pallas as pallas
 
-SIZES = list(itertools.product((1, 2, 5, 63, 1000, 12544, 100352, 9999991, 10**7), (1, 3, 64, 80, 1000, 2048), (2, 4)))
+SIZES = list(
+    itertools.product(
+        (1, 2, 5, 63, 1000, 12544, 100352, 9999991, 10**7), (1, 3, 64, 80, 1000, 2048), (2, 4)
+    )
+)
 
 
-def _folded(rows, channels, itemsize):
-    factor = pallas.fold_factor(rows, channels, blocks.lanes(itemsize))
+def _widened(rows, channels, itemsize):
+    factor = pallas.widening(rows, channels, blocks.lanes(itemsize))
     return rows // factor, factor * channels
 
 
 @pytest.mark.parametrize("choose", [blocks.reduced, blocks.mapped])
 def test_tiles_cover_the_array_once(choose):
     for rows, channels, itemsize in SIZES:
-        rows, width = _folded(rows, channels, itemsize)
+        rows, width = _widened(rows, channels, itemsize)
         tiles = choose(rows, width, itemsize)
-        assert (tiles.num_chunks - 1) * tiles.chunk_rows < rows <= tiles.num_chunks * tiles.chunk_rows, tiles
-        assert (tiles.num_columns - 1) * tiles.block_cols < width <= tiles.num_columns * tiles.block_cols, tiles
+        assert (
+            (tiles.num_chunks - 1) * tiles.chunk_rows < rows <= tiles.num_chunks * tiles.chunk_rows
+        ), tiles
+        assert (
+            (tiles.num_columns - 1) * tiles.block_cols
+            < width
+            <= tiles.num_columns * tiles.block_cols
+        ), tiles
         assert tiles.num_tiles % tiles.unroll == 0, tiles
         for size in (tiles.block_rows, tiles.block_cols):
             assert size & (size - 1) == 0, tiles
@@ -36,9 +47,12 @@ def test_tiles_cover_the_array_once(choose):
 def test_layers_of_resnet50_need_no_mask_and_load_whole_vectors(itemsize):
     for side, channels in [(112, 64), (56, 64), (56, 256), (28, 512), (14, 1024), (7, 2048)]:
         for choose in (blocks.reduced, blocks.mapped):
-            tiles = choose(*_folded(128 * side * side, channels, itemsize), itemsize)
+            tiles = choose(*_widened(128 * side * side, channels, itemsize), itemsize)
             assert (tiles.ragged_rows, tiles.ragged_cols) == (False, False), tiles
-            assert tiles.block_rows * tiles.block_cols * itemsize == blocks.NUM_WARPS * blocks.WARP * blocks.VECTOR_BYTES, tiles
+            assert (
+                tiles.block_rows * tiles.block_cols * itemsize
+                == blocks.NUM_WARPS * blocks.WARP * blocks.VECTOR_BYTES
+            ), tiles
             assert tiles.unroll == 4, tiles
 
 
@@ -46,7 +60,7 @@ def test_large_reductions_fill_the_card_and_leave_little_behind():
     for rows, channels, itemsize in SIZES:
         if rows * channels * itemsize < 2**25:
             continue
-        rows, width = _folded(rows, channels, itemsize)
+        rows, width = _widened(rows, channels, itemsize)
         tiles = blocks.reduced(rows, width, itemsize)
         assert tiles.num_chunks * tiles.num_columns >= 4 * blocks.NUM_SMS, tiles
         partials = 3 * 4 * tiles.num_chunks * width
@@ -60,7 +74,10 @@ def test_large_reductions_fill_the_card_and_leave_little_behind():
         ((12544, 1024, 4), (12544, 1024, 16, 32, 28, 4)),
         ((63, 3, 4), (63, 3, 64, 4, 1, 1)),  # one program, smaller than its tile
         ((1, 2048, 2), (1, 2048, 1, 64, 1, 1)),
-        ((9999991, 64, 2), (9999991, 64, 16, 64, 40, 4)),  # a prime number of rows: the last chunk is one row short of 40 tiles
+        (
+            (9999991, 64, 2),
+            (9999991, 64, 16, 64, 40, 4),
+        ),  # a prime number of rows: the last chunk is one row short of 40 tiles
     ],
 )
 def test_tiles_of_a_reduction(sizes, tiles):
@@ -68,13 +85,16 @@ def test_tiles_of_a_reduction(sizes, tiles):
 
 
 def test_fewer_multiprocessors_get_longer_chunks():
-    assert blocks.reduced(12544, 1024, 2, num_sms=66).num_tiles > blocks.reduced(12544, 1024, 2).num_tiles
+    assert (
+        blocks.reduced(12544, 1024, 2, num_sms=66).num_tiles
+        > blocks.reduced(12544, 1024, 2).num_tiles
+    )
 
 
 @pytest.mark.parametrize("lanes", [32, 64, 128])
 def test_folding(lanes):
     for rows, channels in itertools.product(kernel_grid.ROWS, kernel_grid.CHANNELS):
-        factor = pallas.fold_factor(rows, channels, lanes)
+        factor = pallas.widening(rows, channels, lanes)
         assert rows % factor == 0
         whole = factor * channels % lanes == 0
         assert whole or rows % (2 * factor), "a larger factor would have been possible"
@@ -84,36 +104,51 @@ def test_folding(lanes):
 def test_folded_rows_are_merged_again():
     """Unequal parts of x about 1e4, folded by 4: the statistics of the whole in float64."""
     x = np.random.default_rng(0).normal(1e4, 1, (1000, 24)).astype(np.float32)
-    folded = np.asarray(pallas.fold(x, 4), np.float64)
+    folded = np.asarray(pallas.widen(x, 4), np.float64)
     parts = [folded[:100], folded[100:107], folded[107:]]
     counts = np.repeat([len(part) for part in parts], 4).astype(np.float32)
     shift = np.stack([part[0] for part in parts]).astype(np.float32)
     offset = np.stack([(part - part[0]).mean(0) for part in parts]).astype(np.float32)
     m2 = np.stack([part.var(0) * len(part) for part in parts]).astype(np.float32)
-    got = pallas.merge(counts, *pallas.unfold((shift, offset, m2), 4))
+    got = pallas.merge(counts, *pallas.narrow((shift, offset, m2), 4))
     want = oracle.moments(x)
     np.testing.assert_array_equal(got.count, want.count)
-    # Float32 roundings of the parts: of m2 one each; of the mean one of shift - merged, whose size is the deviation's.
+    # Float32 roundings of the parts: of m2 one each; of the mean one of shift - merged, whose size
+    # is the deviation's.
     np.testing.assert_allclose(got.m2, want.m2, rtol=1e-6)
     mean = np.asarray(got.shift, np.float64) + np.asarray(got.offset, np.float64)
     np.testing.assert_allclose(mean, want.mean, rtol=0, atol=1e-6)
-    assert math.isclose(float(np.abs(got.offset).max()), 0, abs_tol=5 * 2**-10), "the mean, settled: 4 ulp of 1e4, and its own"
+    assert math.isclose(float(np.abs(got.offset).max()), 0, abs_tol=5 * 2**-10), (
+        "the mean, round_shift: 4 ulp of 1e4, and its own"
+    )
 
 
 @pytest.mark.parametrize("itemsizes", [(2,), (4,), (2, 2, 2), (4, 4, 4, 4, 4), (2, 4), (4, 2)])
 def test_rings_cover_the_array_once_and_fit_shared_memory(itemsizes):
-    for (rows, channels, itemsize), least in itertools.product(SIZES, (1, blocks.MIN_REDUCED_TILES)):
+    for (rows, channels, itemsize), least in itertools.product(
+        SIZES, (1, blocks.MIN_REDUCED_TILES)
+    ):
         if itemsize != itemsizes[0] or channels * math.gcd(rows, 8) % 8:
             continue
-        factor = pallas.fold_factor(rows, channels, blocks.WARP * blocks.VECTOR_BYTES // itemsize)
+        factor = pallas.widening(rows, channels, blocks.WARP * blocks.VECTOR_BYTES // itemsize)
         ring = blocks.ring(rows // factor, factor * channels, itemsizes, least_tiles=least)
-        assert (ring.num_chunks - 1) * ring.chunk_rows < ring.rows <= ring.num_chunks * ring.chunk_rows, ring
-        assert (ring.num_columns - 1) * ring.block_cols < ring.width <= ring.num_columns * ring.block_cols, ring
+        assert (
+            (ring.num_chunks - 1) * ring.chunk_rows < ring.rows <= ring.num_chunks * ring.chunk_rows
+        ), ring
+        assert (
+            (ring.num_columns - 1) * ring.block_cols
+            < ring.width
+            <= ring.num_columns * ring.block_cols
+        ), ring
         assert ring.block_rows % ring.register_rows == 0, ring
         assert max(ring.block_rows, ring.block_cols) <= blocks.MAX_TMA_BOX, ring
-        assert ring.register_rows * ring.block_cols == blocks.NUM_WARPS * blocks.WARP * ring.vector, ring
+        assert (
+            ring.register_rows * ring.block_cols == blocks.NUM_WARPS * blocks.WARP * ring.vector
+        ), ring
         assert math.prod(ring.slots) * sum(itemsizes) <= 2 * blocks.RING_BYTES, ring
-        assert ring.num_chunks * ring.num_columns <= max(blocks.RINGS_PER_SM * blocks.NUM_SMS, ring.num_columns), ring
+        assert ring.num_chunks * ring.num_columns <= max(
+            blocks.RINGS_PER_SM * blocks.NUM_SMS, ring.num_columns
+        ), ring
 
 
 def test_fused_slabs_fit_the_programs_that_run_at_once():
@@ -127,7 +162,9 @@ def test_fused_slabs_fit_the_programs_that_run_at_once():
             blocks.twice(rows, channels, (itemsize,) * 3, 2, programs),
         )
         for ring in filter(None, (slab, again)):
-            assert (ring.num_chunks - 1) * ring.chunk_rows < rows <= ring.num_chunks * ring.chunk_rows, ring
+            assert (
+                (ring.num_chunks - 1) * ring.chunk_rows < rows <= ring.num_chunks * ring.chunk_rows
+            ), ring
             assert ring.num_columns * ring.block_cols == channels, ring
             assert ring.num_chunks * ring.num_columns <= programs, ring
             assert math.prod(ring.slots) * itemsize <= blocks.SLAB_BYTES, ring

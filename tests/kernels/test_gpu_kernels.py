@@ -25,7 +25,11 @@ interpreted = pytest.mark.parametrize("backend", ["triton", _mosaic()])
 
 @interpreted
 def test_images(backend):
-    kernel_grid.check(f"{backend}/interpret", kernel_grid.Case(24, 210, "bfloat16", "relu", True, True), (5, 7, 6, 24))
+    kernel_grid.check(
+        f"{backend}/interpret",
+        kernel_grid.Case(24, 210, "bfloat16", "relu", True, True),
+        (5, 7, 6, 24),
+    )
 
 
 def _stats(backend, x):
@@ -33,18 +37,24 @@ def _stats(backend, x):
     known = {"axis": (1,), "interpret": True}
     stats = KERNELS[backend].fwd_stats(jnp.asarray(x), None, None, **known)
     gain = 1 / jnp.sqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, stats.offset, gain, jnp.zeros_like(gain))
-    y = KERNELS[backend].fwd_apply(jnp.asarray(x), affine, None, activation=None, dtype=x.dtype, **known)
+    affine = Affine(stats.shift, gain, -stats.offset * gain)
+    y = KERNELS[backend].fwd_apply(
+        jnp.asarray(x), affine, None, activation=None, dtype=x.dtype, **known
+    )
     as64 = functools.partial(np.asarray, dtype=np.float64)
     return as64(stats.shift) + as64(stats.offset), as64(stats.m2) / as64(stats.count), as64(y)
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("triton", 999), ("triton", 12544), _mosaic(1000), _mosaic(3136)])
+@pytest.mark.parametrize(
+    ("backend", "rows"), [("triton", 999), ("triton", 12544), _mosaic(1000), _mosaic(3136)]
+)
 def test_keeps_its_digits_at_a_large_mean(backend, rows):
     x = np.random.default_rng(0).normal(1e4, 1, (rows, 24)).astype(np.float32)
     (mean, var, y), m = _stats(backend, x), oracle.moments(x)
     np.testing.assert_allclose(var, oracle.variance(m), rtol=1e-6)
-    np.testing.assert_allclose(mean, m.mean, rtol=0, atol=1e-6)  # a float32 alone holds this mean to 5e-4
+    np.testing.assert_allclose(
+        mean, m.mean, rtol=0, atol=1e-6
+    )  # a float32 alone holds this mean to 5e-4
     np.testing.assert_allclose(y, oracle.forward(x)[0], rtol=0, atol=1e-5)
 
 
@@ -79,10 +89,16 @@ def test_dtypes_of_each_array_are_their_own(backend):
 
     @jax.jit
     def run(x, residual, dy):
-        known = {"activation": jax.nn.silu, "dtype": jnp.float32, "implementation": f"{backend}/interpret"}
-        layer = lambda x, residual: jbn.batch_norm_train(x, params, state, residual=residual, **known)[0]
-        y, pull = jax.vjp(layer, x, residual)
-        return y, *pull(dy)
+        known = {
+            "activation": jax.nn.silu,
+            "dtype": jnp.float32,
+            "implementation": f"{backend}/interpret",
+        }
+        layer = lambda x, residual: jbn.batch_norm_train(
+            x, params, state, residual=residual, **known
+        )[0]
+        y, stats_gradient = jax.vjp(layer, x, residual)
+        return y, *stats_gradient(dy)
 
     y, dx, dresidual = run(x, residual, dy)
     want_y, _ = oracle.forward(x, residual=residual, activation="silu")
@@ -90,7 +106,9 @@ def test_dtypes_of_each_array_are_their_own(backend):
     assert (y.dtype, dx.dtype, dresidual.dtype) == (jnp.float32, jnp.bfloat16, jnp.float16)
     np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-5 * np.abs(want_y).max())
     for got, of, rounding in ((dx, want.x, 2.0**-8), (dresidual, want.residual, 2.0**-11)):
-        np.testing.assert_allclose(np.asarray(got, np.float64), of, rtol=rounding, atol=1e-5 * np.abs(of).max())
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), of, rtol=rounding, atol=1e-5 * np.abs(of).max()
+        )
 
 
 # Transformations: what the kernels give under each is what XLA's own implementation gives.
@@ -125,19 +143,28 @@ def _remat(loss, x, params, residual):
 
 def _scan(loss, x, params, residual):
     def total(params):
-        return jax.lax.scan(lambda sum, each: (sum + loss(each[0], params, each[1]), None), 0.0, (x, residual))[0]
+        return jax.lax.scan(
+            lambda sum, each: (sum + loss(each[0], params, each[1]), None), 0.0, (x, residual)
+        )[0]
 
     return jax.grad(total)(params)
 
 
 @interpreted
-@pytest.mark.parametrize("transformed", [_vmap, _vmap_twice, _grad_of_grad, _jvp_of_grad, _remat, _scan])
+@pytest.mark.parametrize(
+    "transformed", [_vmap, _vmap_twice, _grad_of_grad, _jvp_of_grad, _remat, _scan]
+)
 def test_transformations(backend, transformed):
     x, residual = np.random.default_rng(0).normal(3, 1, (2, 3, 16, 5, 8)).astype(np.float32)
     params = jbn.Params(jnp.linspace(0.5, 1.5, 8), jnp.linspace(-1, 1, 8))
-    run = lambda name: jax.jit(functools.partial(transformed, functools.partial(_loss, name)))(x, params, residual)
-    for got, want in zip(jax.tree.leaves(run(f"{backend}/interpret")), jax.tree.leaves(run("xla")), strict=True):
-        # Both round in float32, sums of 80 terms in another order; second derivatives multiply such sums.
+    run = lambda name: jax.jit(functools.partial(transformed, functools.partial(_loss, name)))(
+        x, params, residual
+    )
+    for got, want in zip(
+        jax.tree.leaves(run(f"{backend}/interpret")), jax.tree.leaves(run("xla")), strict=True
+    ):
+        # Both round in float32, sums of 80 terms in another order; second derivatives multiply such
+        # sums.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
@@ -151,19 +178,31 @@ def test_shard_map(backend, check_vma):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, same = PartitionSpec("data"), PartitionSpec()
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(same, data, data), out_specs=(data, same), check_vma=check_vma)
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(same, data, data),
+        out_specs=(data, same),
+        check_vma=check_vma,
+    )
     def layer(params, x, residual):
-        known = {"activation": jax.nn.relu, "axis_name": "data", "implementation": f"{backend}/interpret"}
+        known = {
+            "activation": jax.nn.relu,
+            "axis_name": "data",
+            "implementation": f"{backend}/interpret",
+        }
         return jbn.batch_norm_train(x, params, state, residual=residual, **known)
 
     @jax.jit
     def run(params, x, residual, dy):
-        y, pull, _ = jax.vjp(layer, params, x, residual, has_aux=True)
-        return y, pull(dy)
+        y, stats_gradient, _ = jax.vjp(layer, params, x, residual, has_aux=True)
+        return y, stats_gradient(dy)
 
     y, (dparams, dx, _) = run(params, x, residual, dy)
     want = oracle.backward(x, dy, residual=residual, activation="relu")
-    np.testing.assert_allclose(y, oracle.forward(x, residual=residual, activation="relu")[0], atol=1e-5)
+    np.testing.assert_allclose(
+        y, oracle.forward(x, residual=residual, activation="relu")[0], atol=1e-5
+    )
     np.testing.assert_allclose(dx, want.x, atol=1e-5)
     np.testing.assert_allclose(dparams.bias, want.bias, atol=1e-4)
 
@@ -181,15 +220,27 @@ def test_shard_map(backend, check_vma):
 )
 def test_unsupported_layouts_say_so(backend, shape, axis, dtype, reason):
     features = tuple(np.array(shape)[np.atleast_1d(axis)])
-    with pytest.raises(NotImplementedError, match=rf"'{backend}/interpret' takes {reason}.*: use implementation=None"):
-        jbn.batch_norm_eval(jnp.ones(shape, dtype), *jbn.init(features), axis=axis, implementation=f"{backend}/interpret")
+    with pytest.raises(
+        NotImplementedError,
+        match=rf"'{backend}/interpret' takes {reason}.*: use implementation=None",
+    ):
+        jbn.batch_norm_eval(
+            jnp.ones(shape, dtype),
+            *jbn.init(features),
+            axis=axis,
+            implementation=f"{backend}/interpret",
+        )
 
 
 @every_backend
 @pytest.mark.x64
 def test_float64_is_unsupported(backend):
-    with pytest.raises(NotImplementedError, match="takes float32, bfloat16 and float16, not float64"):
-        jbn.batch_norm_eval(jnp.ones((4, 3), jnp.float64), *jbn.init(3), implementation=f"{backend}/interpret")
+    with pytest.raises(
+        NotImplementedError, match="takes float32, bfloat16 and float16, not float64"
+    ):
+        jbn.batch_norm_eval(
+            jnp.ones((4, 3), jnp.float64), *jbn.init(3), implementation=f"{backend}/interpret"
+        )
 
 
 # Compiled for an H200 that is not here.
@@ -197,11 +248,16 @@ def test_float64_is_unsupported(backend):
 
 @pytest.mark.aot("jax_cuda13_plugin")
 @every_backend
-@pytest.mark.parametrize(("fn", "passes"), [(gpu_functions.forward, 3), (gpu_functions.backward, 5)])
+@pytest.mark.parametrize(
+    ("fn", "passes"), [(gpu_functions.forward, 3), (gpu_functions.backward, 5)]
+)
 def test_passes_over_memory(backend, fn, passes):
     shape, dtype = (128 * 28 * 28, 512), jnp.bfloat16
-    compiled = gpu_functions.compiled("h200", functools.partial(fn, KERNELS[backend], jax.nn.relu, False), shape, dtype)
-    # Beside x: 12 bytes of partial results for every 512 rows or more, written, and read some four times.
+    compiled = gpu_functions.compiled(
+        "h200", functools.partial(fn, KERNELS[backend], jax.nn.relu, False), shape, dtype
+    )
+    # Beside x: 12 bytes of partial results for every 512 rows or more, written, and read some four
+    # times.
     assert passes <= gpu_functions.passes(compiled, shape, dtype) <= passes + 0.1
 
 
@@ -212,7 +268,9 @@ def test_vmap_compiles_for_h200(backend):
     params, state = jbn.init(64)
 
     def run(x):
-        return jax.vmap(lambda x: jbn.batch_norm_train(x, params, state, implementation=backend)[0])(x)
+        return jax.vmap(
+            lambda x: jbn.batch_norm_train(x, params, state, implementation=backend)[0]
+        )(x)
 
     compiled = targets.compile_for("h200", run, jax.ShapeDtypeStruct((3, 256, 64), jnp.bfloat16))
     assert gpu_functions.launches(compiled, backend) == 2

@@ -1,4 +1,5 @@
-"""The Mosaic GPU kernels: in interpret mode against the oracle, and compiled for an H200 that is not here.
+"""The Mosaic GPU kernels: in interpret mode against the oracle, and compiled for an H200 that is
+not here.
 
 What they have in common with those of Triton: test_gpu_kernels.py.
 """
@@ -35,9 +36,10 @@ def _supported(case):
 @pytest.mark.parametrize("case", [p for p in kernel_grid.parameters() if _supported(*p.values)])
 def test_equals_oracle(case, monkeypatch):
     if case.rows * case.channels > SMALL:
-        # The interpreter takes about a millisecond for every access to memory, whatever its size: wider registers than four
-        # warps have take fewer. One program walks all rows of its columns, so that walks are still longer than a ring.
-        # All tests of arrays of such a size see these numbers: none finds functions of others in JAX's caches.
+        # The interpreter takes about a millisecond for every access to memory, whatever its size:
+        # wider registers than four warps have take fewer. One program walks all rows of its
+        # columns, so that walks are still longer than a ring. All tests of arrays of such a size
+        # see these numbers: none finds functions of others in JAX's caches.
         monkeypatch.setattr(blocks, "NUM_WARPS", 64)
         monkeypatch.setattr(blocks, "RINGS_PER_SM", 0)
     kernel_grid.check(INTERPRET, case)
@@ -49,14 +51,28 @@ def test_equals_oracle(case, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "axis", "dtype", "reason"),
     [
-        ((9, 7, 12), 2, jnp.float32, "takes .* put together to multiples of 8 channels, not 63 rows of 12"),
-        ((4, 5, 3), 2, jnp.bfloat16, "takes .* put together to multiples of 8 channels, not 20 rows of 3"),
+        (
+            (9, 7, 12),
+            2,
+            jnp.float32,
+            "takes .* put together to multiples of 8 channels, not 63 rows of 12",
+        ),
+        (
+            (4, 5, 3),
+            2,
+            jnp.bfloat16,
+            "takes .* put together to multiples of 8 channels, not 20 rows of 3",
+        ),
     ],
 )
 def test_unsupported_arrays_say_so(shape, axis, dtype, reason):
     features = tuple(np.array(shape)[np.atleast_1d(axis)])
-    with pytest.raises(NotImplementedError, match=rf"'mosaic_gpu/interpret' {reason}.*: use implementation=None"):
-        jbn.batch_norm_eval(jnp.ones(shape, dtype), *jbn.init(features), axis=axis, implementation=INTERPRET)
+    with pytest.raises(
+        NotImplementedError, match=rf"'mosaic_gpu/interpret' {reason}.*: use implementation=None"
+    ):
+        jbn.batch_norm_eval(
+            jnp.ones(shape, dtype), *jbn.init(features), axis=axis, implementation=INTERPRET
+        )
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.11 interprets the kernels")
@@ -69,13 +85,26 @@ def test_interpret_mode_needs_jax_0_11():
 
 
 def _fwd_fused(activation, interpret, x, scale, bias, residual):
-    known = {"axis": (x.ndim - 1,), "activation": activation, "dtype": x.dtype, "device": H200, "interpret": interpret}
+    known = {
+        "axis": (x.ndim - 1,),
+        "activation": activation,
+        "dtype": x.dtype,
+        "device": H200,
+        "interpret": interpret,
+    }
     return mosaic_gpu.fwd_fused(x, scale, bias, residual, jnp.float32(1e-5), **known)
 
 
 def _bwd_fused(activation, residual_dtype, interpret, x, dy, affine, rstd, d_stats, saved):
-    known = {"axis": (x.ndim - 1,), "device": H200, "interpret": interpret, "residual_dtype": residual_dtype}
-    return mosaic_gpu.bwd_fused(x, dy, affine, rstd=rstd, d_stats=d_stats, saved=saved, activation=activation, **known)
+    known = {
+        "axis": (x.ndim - 1,),
+        "device": H200,
+        "interpret": interpret,
+        "residual_dtype": residual_dtype,
+    }
+    return mosaic_gpu.bwd_fused(
+        x, dy, affine, rstd=rstd, d_stats=d_stats, saved=saved, activation=activation, **known
+    )
 
 
 def _compiled_fused(activation, with_residual, shape, dtype):
@@ -113,11 +142,15 @@ def test_fused_equals_oracle(shape, dtype, activation, with_residual):
     known = {"residual": residual, "activation": activation}
     m = oracle.moments(x)
     rounding = kernel_grid.ROUNDING[case.dtype]
-    np.testing.assert_allclose(y, oracle.forward(x, scale, bias, **known)[0], rtol=rounding, atol=2e-5)
+    np.testing.assert_allclose(
+        y, oracle.forward(x, scale, bias, **known)[0], rtol=rounding, atol=2e-5
+    )
     np.testing.assert_allclose(stats.m2 / stats.count, oracle.variance(m), rtol=1e-5)
     rstd = 1 / np.sqrt(stats.m2 / stats.count + 1e-5)
     affine = Affine(stats.shift, stats.offset, scale * rstd, bias)
-    run = jax.jit(functools.partial(_bwd_fused, fn, residual.dtype if with_residual else None, True))
+    run = jax.jit(
+        functools.partial(_bwd_fused, fn, residual.dtype if with_residual else None, True)
+    )
     dx, dresidual, sum_dz, sum_dz_xc = run(x, dy, affine, rstd, (dmean, dvar), residual)
     want = oracle.backward(x, dy, scale, bias, **known)
     xc = np.asarray(x, np.float64) - m.mean
@@ -126,14 +159,18 @@ def test_fused_equals_oracle(shape, dtype, activation, with_residual):
     np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(sum_dz_xc * rstd, want.scale, rtol=1e-5, atol=1e-4)
     if with_residual:
-        np.testing.assert_allclose(np.asarray(dresidual, np.float64), want.residual, rtol=rounding, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(dresidual, np.float64), want.residual, rtol=rounding, atol=1e-5
+        )
 
 
 @pytest.mark.aot("jax_cuda13_plugin")
 def test_fused_passes_over_memory():
     """x stays in shared memory; x and dy, twice as much, are read again from the cache, within one launch."""
     shape, dtype = (12544, 1024), jnp.bfloat16
-    for fused, reads_and_writes in zip(_compiled_fused(jax.nn.relu, False, shape, dtype), (2, 3), strict=True):
+    for fused, reads_and_writes in zip(
+        _compiled_fused(jax.nn.relu, False, shape, dtype), (2, 3), strict=True
+    ):
         assert launches(fused, "mosaic_gpu") == 1
         assert reads_and_writes <= passes(fused, shape, dtype) <= reads_and_writes + 0.05
 
@@ -162,9 +199,15 @@ FUSED_CASES = [
 @pytest.mark.aot("jax_cuda13_plugin")
 def test_compiles_for_h200_without_spills(tmp_path):
     """By the reports and the PTX that Mosaic writes where a variable says so, read once: in a process of its own."""
-    environment = {**os.environ, "MOSAIC_GPU_DUMP_TO": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {
+        **os.environ,
+        "MOSAIC_GPU_DUMP_TO": str(tmp_path),
+        "PYTHONPATH": os.path.dirname(__file__),
+    }
     code = "import test_mosaic_gpu; test_mosaic_gpu.compile_cases()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [path.read_text() for path in tmp_path.glob("*.ptxas")]
     assert len(reports) == 4 * len(CASES) + 2 * len(FUSED_CASES)
@@ -191,5 +234,8 @@ def compile_cases():
 def test_a100_is_refused_before_lowering():
     x = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
     layer = lambda x: jbn.batch_norm_train(x, *jbn.init(64), implementation="mosaic_gpu")[0]
-    with pytest.raises(NotImplementedError, match=r"'mosaic_gpu' needs compute capability 9\.0 .*A100.*'triton' or None"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"'mosaic_gpu' needs compute capability 9\.0 .*A100.*'triton' or None",
+    ):
         targets.compile_for("a100", layer, x)

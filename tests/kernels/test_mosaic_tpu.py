@@ -9,13 +9,16 @@ import pytest
 
 import jbn
 from jbn.bench import hlo, targets
-from jbn.kernels import mosaic_tpu, tpu_blocks
-from jbn.kernels.seam import Affine, Device, Pull
+from jbn.kernels import mosaic_tpu, mosaic_tpu_blocks
+from jbn.kernels.seam import Affine, Device, StatsGradient
 
 INTERPRET = "mosaic_tpu/interpret"
-CASES = [case for case in kernel_grid.parameters() if case.values[0].dtype != "float16"]  # TPUs have no float16
+CASES = [
+    case for case in kernel_grid.parameters() if case.values[0].dtype != "float16"
+]  # TPUs have no float16
 CHIPS = ("v5e", "v5p", "v6e")
-# Larger than the VMEM of any chip, in each way that XLA lays an array out and with rows that fill no block.
+# Larger than the VMEM of any chip, in each way that XLA lays an array out and with rows that fill
+# no block.
 LARGE = [
     ((128, 28, 28, 1024), "bfloat16"),  # batch beside channels
     ((128, 112, 112, 64), "bfloat16"),  # channels beside batch
@@ -23,7 +26,11 @@ LARGE = [
     ((400003, 96), "float32"),  # channels beside rows, a prime number of them
     ((200003, 640), "bfloat16"),
 ]
-RESIDENT = [((128, 28, 28, 512), "bfloat16"), ((128, 56, 56, 64), "bfloat16"), ((64, 14, 14, 1024), "float32")]
+RESIDENT = [
+    ((128, 28, 28, 512), "bfloat16"),
+    ((128, 56, 56, 64), "bfloat16"),
+    ((64, 14, 14, 1024), "float32"),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,7 +38,8 @@ def test_equals_oracle(case):
     kernel_grid.check(INTERPRET, case)
 
 
-# Each way to view an array, whole and with rows left over, by blocks small enough to need several here.
+# Each way to view an array, whole and with rows left over, by blocks small enough to need several
+# here.
 VIEWS = [
     ((16, 3, 5, 24), "float32", "relu", True),
     ((128, 2, 3, 40), "bfloat16", "gelu", True),
@@ -45,8 +53,8 @@ VIEWS = [
 
 @pytest.mark.parametrize(("shape", "dtype", "activation", "with_residual"), VIEWS)
 def test_views_and_blocks(shape, dtype, activation, with_residual, monkeypatch):
-    monkeypatch.setattr(tpu_blocks, "STREAM_BYTES", 2**13)
-    monkeypatch.setattr(tpu_blocks, "CHUNK_SIZE", 2**11)
+    monkeypatch.setattr(mosaic_tpu_blocks, "STREAM_BYTES", 2**13)
+    monkeypatch.setattr(mosaic_tpu_blocks, "CHUNK_SIZE", 2**11)
     jax.clear_caches()  # the constants are read while tracing
     rows, channels = int(np.prod(shape[:-1])), shape[-1]
     case = kernel_grid.Case(channels, rows, dtype, activation, with_residual, with_mean=True)
@@ -56,8 +64,8 @@ def test_views_and_blocks(shape, dtype, activation, with_residual, monkeypatch):
 @pytest.mark.parametrize("outlier", [0.0, 1e6, None])
 def test_statistics_of_large_means(outlier, monkeypatch):
     """Mean 1e4, std 1, the first row far away: var and y keep their digits, whatever shift the caller guesses."""
-    monkeypatch.setattr(tpu_blocks, "STREAM_BYTES", 2**14)
-    monkeypatch.setattr(tpu_blocks, "CHUNK_SIZE", 2**12)
+    monkeypatch.setattr(mosaic_tpu_blocks, "STREAM_BYTES", 2**14)
+    monkeypatch.setattr(mosaic_tpu_blocks, "CHUNK_SIZE", 2**12)
     x = (np.random.default_rng(0).standard_normal((5000, 8)) + 1e4).astype(np.float32)
     if outlier is not None:
         x[0] = outlier
@@ -69,7 +77,9 @@ def test_statistics_of_large_means(outlier, monkeypatch):
     np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-6)
     np.testing.assert_allclose(mean / std, want.mean / std, atol=1e-6)
     affine = Affine(stats.shift, stats.offset, jnp.asarray(1 / std, jnp.float32), jnp.zeros(8))
-    y = mosaic_tpu.fwd_apply(jnp.asarray(x), affine, None, axis=(1,), activation=None, dtype=jnp.float32, interpret=True)
+    y = mosaic_tpu.fwd_apply(
+        jnp.asarray(x), affine, None, axis=(1,), activation=None, dtype=jnp.float32, interpret=True
+    )
     np.testing.assert_allclose(y, (x - want.mean) / std, rtol=1e-6, atol=1e-5)
 
 
@@ -77,14 +87,19 @@ def test_half_of_the_rows_far_from_the_other():
     """The second block is 1e4 away from all the kernel has seen: its digits count no more, and none that count are lost."""
     x = np.random.default_rng(0).standard_normal((2**16, 128)).astype(np.float32)
     x[2**15 :] += 1e4
-    assert tpu_blocks.stream(x.shape, 4).grid[1] > 2
+    assert mosaic_tpu_blocks.stream(x.shape, 4).grid[1] > 2
     stats = mosaic_tpu.fwd_stats(jnp.asarray(x), jnp.zeros(128), None, axis=(1,), interpret=True)
     np.testing.assert_allclose(stats.m2, oracle.moments(x).m2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("shape", "activation", "with_residual"),
-    [((8, 6, 6, 160), "relu", True), ((128, 3, 24), "silu", True), ((1000, 8), None, False), ((64, 40), "relu", False)],
+    [
+        ((8, 6, 6, 160), "relu", True),
+        ((128, 3, 24), "silu", True),
+        ((1000, 8), None, False),
+        ((64, 40), "relu", False),
+    ],
 )
 def test_fused_equal_oracle(shape, activation, with_residual):
     """Forward and backward in one kernel each; cotangents of mean and var included."""
@@ -94,10 +109,21 @@ def test_fused_equal_oracle(shape, activation, with_residual):
     scale, bias, dmean, dvar = generator.uniform(0.5, 1.5, (4, shape[-1])).astype(np.float32)
     residual = residual if with_residual else None
     act = None if activation is None else getattr(jax.nn, activation)
-    known = {"axis": (len(shape) - 1,), "device": Device("TPU v5e", 1), "interpret": True, "activation": act}
+    known = {
+        "axis": (len(shape) - 1,),
+        "device": Device("TPU v5e", 1),
+        "interpret": True,
+        "activation": act,
+    }
     given = None if residual is None else jnp.asarray(residual)
     fused = mosaic_tpu.fwd_fused(
-        jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), given, jnp.float32(1e-5), dtype=jnp.float32, **known
+        jnp.asarray(x),
+        jnp.asarray(scale),
+        jnp.asarray(bias),
+        given,
+        jnp.float32(1e-5),
+        dtype=jnp.float32,
+        **known,
     )
     assert fused is not None
     y, stats = fused
@@ -120,7 +146,9 @@ def test_fused_equal_oracle(shape, activation, with_residual):
     )
     assert got is not None
     dx, dresidual, sum_dz, sum_dz_xc = got
-    wanted = oracle.backward(x, dy, scale, bias, residual=residual, activation=activation, dmean=dmean, dvar=dvar)
+    wanted = oracle.backward(
+        x, dy, scale, bias, residual=residual, activation=activation, dmean=dmean, dvar=dvar
+    )
     np.testing.assert_allclose(dx, wanted.x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(sum_dz, wanted.bias, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(rstd * sum_dz_xc, wanted.scale, rtol=1e-4, atol=1e-3)
@@ -140,14 +168,19 @@ def test_unsupported():
 @pytest.mark.parametrize(("shape", "dtype"), [*LARGE, *RESIDENT], ids=str)
 def test_blocks_cover_every_row_once(shape, dtype):
     itemsize = jnp.dtype(dtype).itemsize
-    for blocks in (tpu_blocks.stream(shape, itemsize), tpu_blocks.resident(shape, itemsize, 1, 2**40)):
+    for blocks in (
+        mosaic_tpu_blocks.stream(shape, itemsize),
+        mosaic_tpu_blocks.resident(shape, itemsize, 1, 2**40),
+    ):
         if blocks is None:
             continue
         assert blocks.outer * blocks.inner * blocks.channels == np.prod(shape)
         assert blocks.block_outer % blocks.chunk_outer == 0
         assert blocks.block_inner % blocks.chunk_inner == 0
         assert blocks.block_outer == 1 or blocks.block_inner == blocks.inner
-        assert all(g * b >= s > (g - 1) * b for g, b, s in zip(*_grid_and_block(blocks), strict=True))
+        assert all(
+            g * b >= s > (g - 1) * b for g, b, s in zip(*_grid_and_block(blocks), strict=True)
+        )
 
 
 def _grid_and_block(blocks):
@@ -159,7 +192,9 @@ def _passes(chip, fn, x, *args):
     """Bytes that the compiled function moves, in units of x, and the names of its kernels."""
     run = hlo.operations(targets.compile_for(chip, fn, x, *args).as_text())
     names = {op.name.split(".")[0] for op in run if op.opcode == "custom-call"}
-    return hlo.moved(run) / (x.size * x.dtype.itemsize), names - {"custom-call"}  # which is XLA's own, for buffers
+    return hlo.moved(run) / (x.size * x.dtype.itemsize), names - {
+        "custom-call"
+    }  # which is XLA's own, for buffers
 
 
 @pytest.mark.aot("libtpu")
@@ -172,26 +207,39 @@ def test_compiled_passes(shape, dtype, chip):
 
     def forward(x, scale, bias, residual=None):
         stats = mosaic_tpu.fwd_stats(x, scale, None, **axis)
-        affine = Affine(stats.shift, stats.offset, scale * jax.lax.rsqrt(stats.m2 / stats.count + 1e-5), bias)
-        return mosaic_tpu.fwd_apply(x, affine, residual, activation=jax.nn.relu, dtype=dtype, **axis)
+        affine = Affine(
+            stats.shift, stats.offset, scale * jax.lax.rsqrt(stats.m2 / stats.count + 1e-5), bias
+        )
+        return mosaic_tpu.fwd_apply(
+            x, affine, residual, activation=jax.nn.relu, dtype=dtype, **axis
+        )
 
-    def backward(x, dy, affine, pull, y=None):
+    def backward(x, dy, affine, stats_gradient, y=None):
         known = {"saved": y, "weights": None, "activation": jax.nn.relu, **axis}
         sums = mosaic_tpu.bwd_stats(x, dy, affine, **known)
         # The second kernel needs the sums, as in the derivative rule.
-        pull = Pull(pull.slope + sums[1], pull.intercept + sums[0])
-        return sums, mosaic_tpu.bwd_apply(x, dy, affine, pull=pull, residual_dtype=None if y is None else dtype, **known)
+        stats_gradient = StatsGradient(
+            stats_gradient.slope + sums[1], stats_gradient.intercept + sums[0]
+        )
+        return sums, mosaic_tpu.bwd_apply(
+            x,
+            dy,
+            affine,
+            stats_gradient=stats_gradient,
+            residual_dtype=None if y is None else dtype,
+            **known,
+        )
 
     small = 0.02  # vectors
-    affine, pull = Affine(*[vector] * 4), Pull(vector, vector)
+    affine, stats_gradient = Affine(*[vector] * 4), StatsGradient(vector, vector)
     passes, kernels = _passes(chip, forward, x, vector, vector)
     assert kernels == {"fwd_stats", "fwd_apply"}
     assert passes <= 3 + small
     assert _passes(chip, forward, x, vector, vector, x)[0] <= 4 + small
-    passes, kernels = _passes(chip, backward, x, x, affine, pull)
+    passes, kernels = _passes(chip, backward, x, x, affine, stats_gradient)
     assert kernels == {"bwd_stats", "bwd_apply"}
     assert passes <= 5 + small
-    assert _passes(chip, backward, x, x, affine, pull, x)[0] <= 8 + small
+    assert _passes(chip, backward, x, x, affine, stats_gradient, x)[0] <= 8 + small
 
 
 @pytest.mark.aot("libtpu")
@@ -203,18 +251,27 @@ def test_compiled_fused_passes(shape, dtype, chip):
     state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
 
     def forward(x, params, state):
-        return jbn.batch_norm_train(x, params, state, activation=jax.nn.relu, implementation="mosaic_tpu")
+        return jbn.batch_norm_train(
+            x, params, state, activation=jax.nn.relu, implementation="mosaic_tpu"
+        )
 
     def both(x, params, state, dy):
-        y, pull, new = jax.vjp(lambda x, params: forward(x, params, state), x, params, has_aux=True)
-        return y, new, pull(dy)
+        y, stats_gradient, new = jax.vjp(
+            lambda x, params: forward(x, params, state), x, params, has_aux=True
+        )
+        return y, new, stats_gradient(dy)
 
     params = jbn.Params(vector, vector)
     passes, kernels = _passes(chip, forward, x, params, state)
     assert kernels == {"fwd_fused"}
     assert passes <= 2.02
     passes, kernels = _passes(chip, both, x, params, state, x)
-    if tpu_blocks.resident(shape, x.dtype.itemsize, 3, tpu_blocks.VMEM_BYTES[f"TPU {chip}"]) is None:
+    if (
+        mosaic_tpu_blocks.resident(
+            shape, x.dtype.itemsize, 3, mosaic_tpu_blocks.VMEM_BYTES[f"TPU {chip}"]
+        )
+        is None
+    ):
         assert kernels == {"fwd_fused", "bwd_stats", "bwd_apply"}
     else:
         assert kernels == {"fwd_fused", "bwd_fused"}
@@ -234,15 +291,23 @@ def test_every_activation_compiles(chip, activation):
         ((1000, 1000), jnp.float32, in_one),
         ((63, 3), jnp.float32, in_one),
     ):
-        x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+        x, vector = (
+            jax.ShapeDtypeStruct(shape, dtype),
+            jax.ShapeDtypeStruct(shape[-1:], jnp.float32),
+        )
 
         def step(x, residual, scale, bias, dy):
             state = jbn.State(scale, bias, jnp.int32(0))
             layer = lambda x, residual, scale, bias: jbn.batch_norm_train(
-                x, jbn.Params(scale, bias), state, residual=residual, activation=act, implementation="mosaic_tpu"
+                x,
+                jbn.Params(scale, bias),
+                state,
+                residual=residual,
+                activation=act,
+                implementation="mosaic_tpu",
             )
-            y, pull, _ = jax.vjp(layer, x, residual, scale, bias, has_aux=True)
-            return y, pull(dy)
+            y, stats_gradient, _ = jax.vjp(layer, x, residual, scale, bias, has_aux=True)
+            return y, stats_gradient(dy)
 
         kernels = _passes(chip, step, x, x, vector, vector, x)[1]
         assert kernels == expected

@@ -8,7 +8,7 @@ import pytest
 
 import jbn
 from jbn.kernels import xla
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, StatsGradient
 
 SHAPE, AXIS = (6, 3, 4, 5), (1, 3)
 
@@ -28,16 +28,31 @@ def affine_of(x, axis, eps, weights=None):
 
 
 @pytest.mark.parametrize("weights", [None, "mask", "float"])
-@pytest.mark.parametrize("mean", [0.0, 9.0, 11.0, 1e4], ids=["0", "9 std: one pass", "11 std: recomputed", "1e4 std"])
+@pytest.mark.parametrize(
+    "mean", [0.0, 9.0, 11.0, 1e4], ids=["0", "9 std: one pass", "11 std: recomputed", "1e4 std"]
+)
 def test_fwd_stats(mean, weights):
     x = draw(*SHAPE, mean=mean)
-    weights = None if weights is None else draw(6, 1, 1, 1, seed=3) > 0 if weights == "mask" else jnp.abs(draw(*SHAPE, seed=3))
-    count, shift, offset, m2 = jax.jit(xla.fwd_stats, static_argnames="axis")(x, jnp.zeros((3, 5)), weights, axis=AXIS)
+    weights = (
+        None
+        if weights is None
+        else draw(6, 1, 1, 1, seed=3) > 0
+        if weights == "mask"
+        else jnp.abs(draw(*SHAPE, seed=3))
+    )
+    count, shift, offset, m2 = jax.jit(xla.fwd_stats, static_argnames="axis")(
+        x, jnp.zeros((3, 5)), weights, axis=AXIS
+    )
     expected = oracle.moments(x, AXIS, weights)
     np.testing.assert_allclose(count, expected.count, rtol=1e-6)
     # Of float32's 6e-8, the one-pass form loses (mean / std)^2 = 100 at most.
     np.testing.assert_allclose(m2, expected.m2, rtol=3e-5)
-    np.testing.assert_allclose(np.float64(shift) + np.float64(offset), expected.mean, rtol=2e-7, atol=1e-5 if mean else 2e-7)
+    np.testing.assert_allclose(
+        np.float64(shift) + np.float64(offset),
+        expected.mean,
+        rtol=2e-7,
+        atol=1e-5 if mean else 2e-7,
+    )
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
@@ -45,7 +60,9 @@ def test_fwd_apply(mean):
     x, residual = draw(*SHAPE, mean=mean), draw(*SHAPE, seed=4)
     affine, scale, bias = affine_of(x, AXIS, 1e-3)
     y = xla.fwd_apply(x, affine, residual, axis=AXIS, activation=jax.nn.silu, dtype=jnp.float32)
-    expected, _ = oracle.forward(x, scale, bias, axis=AXIS, eps=1e-3, residual=residual, activation="silu")
+    expected, _ = oracle.forward(
+        x, scale, bias, axis=AXIS, eps=1e-3, residual=residual, activation="silu"
+    )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=5e-6)
     y = xla.fwd_apply(x, affine, residual, axis=AXIS, activation=None, dtype=jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
@@ -63,20 +80,29 @@ def test_bwd_stats_and_bwd_apply(activation, mean, weights):
     sum_dz, sum_dz_xc = xla.bwd_stats(x, dy, affine, **common)
     m = oracle.moments(x, AXIS, weights)
     rstd = 1 / np.sqrt(oracle.variance(m) + 1e-3)
-    expected = oracle.backward(x, dy, scale, bias, axis=AXIS, eps=1e-3, weights=weights, activation=activation)
+    expected = oracle.backward(
+        x, dy, scale, bias, axis=AXIS, eps=1e-3, weights=weights, activation=activation
+    )
     np.testing.assert_allclose(sum_dz, expected.bias, atol=1e-5)
     np.testing.assert_allclose(sum_dz_xc * rstd, expected.scale, atol=2e-5)
-    pull = Pull(*(jnp.asarray(v, jnp.float32) for v in pull_of(sum_dz, sum_dz_xc, scale, rstd, m.count)))
-    dx, dresidual = xla.bwd_apply(x, dy, affine, pull=pull, residual_dtype=jnp.dtype("float32"), **common)
+    stats_gradient = StatsGradient(
+        *(
+            jnp.asarray(v, jnp.float32)
+            for v in stats_gradient_of(sum_dz, sum_dz_xc, scale, rstd, m.count)
+        )
+    )
+    dx, dresidual = xla.bwd_apply(
+        x, dy, affine, stats_gradient=stats_gradient, residual_dtype=jnp.dtype("float32"), **common
+    )
     np.testing.assert_allclose(dx, expected.x, atol=1e-5)
     np.testing.assert_allclose(dresidual, expected.residual, atol=1e-5)
-    alone, none = xla.bwd_apply(x, dy, affine, pull=None, residual_dtype=None, **common)
+    alone, none = xla.bwd_apply(x, dy, affine, stats_gradient=None, residual_dtype=None, **common)
     assert none is None
     wide = lambda v: np.expand_dims(v, (0, 2))
     np.testing.assert_allclose(alone, wide(scale * rstd) * expected.residual, atol=1e-5)
 
 
-def pull_of(sum_dz, sum_dz_xc, scale, rstd, count):
+def stats_gradient_of(sum_dz, sum_dz_xc, scale, rstd, count):
     """Slope and intercept: twice the cotangent of var, and that of mean, over the count."""
     gain = scale * rstd
     return -gain * rstd**2 * sum_dz_xc / count, -gain * sum_dz / count
@@ -94,7 +120,9 @@ def test_no_full_size_temporaries(dtype, activation, add):
     function = None if activation is None else getattr(jax.nn, activation)
 
     def forward(x, residual, params):
-        return jbn.batch_norm_train(x, params, state, residual=residual if add else None, activation=function)
+        return jbn.batch_norm_train(
+            x, params, state, residual=residual if add else None, activation=function
+        )
 
     def both(x, residual, params, dy):
         y, vjp, new = jax.vjp(forward, x, residual, params, has_aux=True)
@@ -115,8 +143,15 @@ def test_relu_mask_is_linear_about_a_zero_cotangent(with_residual):
     """The mask is written such that dy is read twice, and compared to zero: its tangent must not be."""
     x, y, t = draw(*SHAPE), jax.nn.relu(draw(*SHAPE, seed=4)), draw(*SHAPE, seed=5)
     affine, _, _ = affine_of(x, AXIS, 1e-3)
-    known = {"saved": y if with_residual else None, "weights": None, "axis": AXIS, "activation": jax.nn.relu}
-    dx = lambda dy: xla.bwd_apply(x, dy, affine, pull=None, residual_dtype=None, **known)[0]
+    known = {
+        "saved": y if with_residual else None,
+        "weights": None,
+        "axis": AXIS,
+        "activation": jax.nn.relu,
+    }
+    dx = lambda dy: xla.bwd_apply(x, dy, affine, stats_gradient=None, residual_dtype=None, **known)[
+        0
+    ]
     _, along = jax.jvp(dx, (jnp.zeros_like(t),), (t,))
     np.testing.assert_array_equal(along, dx(t))
     assert 0.3 < (along != 0).mean() < 0.7

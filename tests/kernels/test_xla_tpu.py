@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jbn
 from jbn.bench import hlo, targets
 from jbn.kernels import xla_tpu
-from jbn.kernels.seam import Affine, Pull
+from jbn.kernels.seam import Affine, StatsGradient
 
 AXIS = (1,)
 
@@ -28,7 +28,9 @@ def _inputs(mean, dtype=np.float32):
 def test_statistics_whatever_the_guess(mean, guess):
     """Near guesses by one pass, others by two: var to 2e-5, the bound behind MAX_SQUARED_MEAN."""
     x, _, _ = _inputs(mean)
-    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(x, jnp.full(8, guess, jnp.float32))
+    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(
+        x, jnp.full(8, guess, jnp.float32)
+    )
     want = oracle.moments(x)
     np.testing.assert_array_equal(stats.count, want.count)
     np.testing.assert_allclose(stats.m2, want.m2, rtol=2e-5)
@@ -39,7 +41,9 @@ def test_statistics_whatever_the_guess(mean, guess):
 @pytest.mark.parametrize("guess", [0.0, 1e4, np.nan, 1e30])
 def test_bfloat16_takes_the_second_look_too(guess):
     x, _, _ = _inputs(0.0, jnp.bfloat16)
-    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(x, jnp.full(8, guess, jnp.float32))
+    stats = jax.jit(lambda x, guess: xla_tpu.fwd_stats(x, guess, None, axis=AXIS))(
+        x, jnp.full(8, guess, jnp.float32)
+    )
     np.testing.assert_allclose(stats.m2, oracle.moments(x).m2, rtol=2e-5)
 
 
@@ -62,21 +66,41 @@ def test_equals_oracle(activation, with_residual, dtype):
 
     stats = xla_tpu.fwd_stats(x, jnp.zeros(8), None, axis=AXIS)
     rstd = jax.lax.rsqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, stats.offset, scale * rstd, jnp.asarray(bias))
+    affine = Affine(stats.shift, scale * rstd, bias - stats.offset * scale * rstd)
     y = xla_tpu.fwd_apply(x, affine, residual, axis=AXIS, activation=act, dtype=dtype)
     # bn(x) is rounded to dtype before the sum, and the sum again: one eps of the largest term.
-    np.testing.assert_allclose(np.asarray(y, np.float64), want_y, rtol=eps, atol=eps * np.abs(z).max() + 1e-5)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), want_y, rtol=eps, atol=eps * np.abs(z).max() + 1e-5
+    )
 
-    saved = None if residual is None or act is None else y if activation in ("relu", "leaky_relu") else residual
+    saved = (
+        None
+        if residual is None or act is None
+        else y
+        if activation in ("relu", "leaky_relu")
+        else residual
+    )
     common = {"saved": saved, "weights": None, "axis": AXIS, "activation": act}
     sum_dz, sum_dz_xc = xla_tpu.bwd_stats(x, dy, affine, **common)
     np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(rstd * sum_dz_xc, want.scale, rtol=1e-4, atol=1e-3)
-    pull = Pull(-affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count, -affine.gain * sum_dz / stats.count)
-    dx, dresidual = xla_tpu.bwd_apply(x, dy, affine, pull=pull, residual_dtype=dtype if with_residual else None, **common)
+    stats_gradient = StatsGradient(
+        -affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count,
+        -affine.gain * sum_dz / stats.count,
+    )
+    dx, dresidual = xla_tpu.bwd_apply(
+        x,
+        dy,
+        affine,
+        stats_gradient=stats_gradient,
+        residual_dtype=dtype if with_residual else None,
+        **common,
+    )
     np.testing.assert_allclose(np.asarray(dx, np.float64), want.x, rtol=2 * eps, atol=2e-5)
     if with_residual:
-        np.testing.assert_allclose(np.asarray(dresidual, np.float64), want.residual, rtol=2 * eps, atol=2e-5)
+        np.testing.assert_allclose(
+            np.asarray(dresidual, np.float64), want.residual, rtol=2 * eps, atol=2e-5
+        )
     assert m.count[0] == 600
 
 
@@ -87,7 +111,7 @@ def test_weights_never_read_what_they_exclude():
     stats = xla_tpu.fwd_stats(x, jnp.zeros(8), weights, axis=AXIS)
     want = oracle.moments(np.asarray(x), (1,), np.asarray(weights))
     np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-5)
-    affine = Affine(stats.shift, stats.offset, jnp.ones(8), jnp.zeros(8))
+    affine = Affine(stats.shift, jnp.ones(8), -stats.offset)
     common = {"saved": None, "weights": weights, "axis": AXIS, "activation": None}
     readable = jnp.where(weights, x, 0)
     assert np.isfinite(xla_tpu.bwd_stats(readable, dy, affine, **common)).all()
@@ -95,7 +119,9 @@ def test_weights_never_read_what_they_exclude():
 
 def _block(x, kernel, params, state, residual):
     """A 1x1 convolution and its batch norm, as in a ResNet."""
-    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return jbn.batch_norm_train(x, params, state, residual=residual, activation=jax.nn.relu)
 
 

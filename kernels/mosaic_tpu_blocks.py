@@ -10,12 +10,15 @@ from typing import NamedTuple
 SUBLANES, LANES = 8, 128  # one float32 register; XLA tiles the last two axes in memory so
 MIB = 2**20
 
-# Of one block of one array: up to five arrays (x, dy, saved, dx, dresidual), each block twice, are 10 MiB, below the smallest
-# VMEM (v4: 16 MiB), and a block is a few hundred times the latency of its copy. Not measured yet.
+# Of one block of one array: up to five arrays (x, dy, saved, dx, dresidual), each block twice, are
+# 10 MiB, below the smallest VMEM (v4: 16 MiB), and a block is a few hundred times the latency of
+# its copy. Not measured yet.
 STREAM_BYTES = MIB
-# Elements handled at once: 32 of the 64 registers, which leaves as many for what is computed from them. Not measured yet.
+# Elements handled at once: 32 of the 64 registers, which leaves as many for what is computed from
+# them. Not measured yet.
 CHUNK_SIZE = 32 * SUBLANES * LANES
-# VMEM of one core by `device_kind` (jax.experimental.pallas.tpu.get_tpu_info), less a sixteenth for what Mosaic itself needs.
+# VMEM of one core by `device_kind` (jax.experimental.pallas.tpu.get_tpu_info), less a sixteenth for
+# what Mosaic itself needs.
 VMEM_BYTES = {
     **dict.fromkeys(("TPU v5e", "TPU v5 lite", "TPU v6e", "TPU v6 lite"), 120 * MIB),
     **dict.fromkeys(("TPU v5p", "TPU v5"), 60 * MIB),
@@ -24,7 +27,8 @@ VMEM_BYTES = {
 
 
 class RowBlocks(NamedTuple):
-    """How x, read as [outer, inner, channels] or [outer, channels, inner], is cut into blocks and these into chunks.
+    """How x, read as [outer, inner, channels] or [outer, channels, inner], is cut into blocks and
+    these into chunks.
 
     inner: the row axis beside the channels in memory; block_inner is inner where block_outer > 1.
     """
@@ -82,15 +86,21 @@ def stream(shape: tuple[int, ...], itemsize: int) -> RowBlocks:
     if inner > step:
         most = max(1, min(STREAM_BYTES // (step * lanes * itemsize), inner // step))
         block_inner = step * _near(most, inner / step)
-        return RowBlocks(order, minor, outer, inner, channels, 1, block_inner, block_channels, 1, step)
+        return RowBlocks(
+            order, minor, outer, inner, channels, 1, block_inner, block_channels, 1, step
+        )
     row = lanes * _padded(inner, minor)
     chunk = min(max(1, CHUNK_SIZE // row), outer)
     most = max(1, min(STREAM_BYTES // (row * itemsize), outer) // chunk)
     block_outer = chunk * _near(most, outer / chunk)
-    return RowBlocks(order, minor, outer, inner, channels, block_outer, inner, block_channels, chunk, inner)
+    return RowBlocks(
+        order, minor, outer, inner, channels, block_outer, inner, block_channels, chunk, inner
+    )
 
 
-def resident(shape: tuple[int, ...], itemsize: int, arrays: int, vmem_bytes: int) -> RowBlocks | None:
+def resident(
+    shape: tuple[int, ...], itemsize: int, arrays: int, vmem_bytes: int
+) -> RowBlocks | None:
     """All rows of as few channels as can be, of `arrays` arrays and twice, in VMEM; None where they do not fit."""
     order, minor, outer, inner, channels = _memory(shape)
     block_channels = min(channels, LANES if minor else 2 * SUBLANES)
@@ -100,24 +110,33 @@ def resident(shape: tuple[int, ...], itemsize: int, arrays: int, vmem_bytes: int
         return None
     unit = SUBLANES if minor else LANES
     step = _step(lanes, minor)
-    chunk_inner = inner if inner <= step else next((n for n in range(step, 0, -unit) if inner % n == 0), None)
+    chunk_inner = (
+        inner if inner <= step else next((n for n in range(step, 0, -unit) if inner % n == 0), None)
+    )
     if chunk_inner is None:
         return None
     most = max(1, CHUNK_SIZE // (lanes * _padded(chunk_inner, minor)))
     chunk_outer = next(n for n in range(min(most, outer), 0, -1) if outer % n == 0)
-    return RowBlocks(order, minor, outer, inner, channels, outer, inner, block_channels, chunk_outer, chunk_inner)
+    return RowBlocks(
+        order, minor, outer, inner, channels, outer, inner, block_channels, chunk_outer, chunk_inner
+    )
 
 
 def _memory(shape):
-    """(order, whether channels are minor, outer, inner, channels) of a channels-last array as XLA:TPU lays it out.
+    """(order, whether channels are minor, outer, inner, channels) of a channels-last array as
+    XLA:TPU lays it out.
 
-    It takes for the two tiled axes those that need the least padding to 8 x 128, the last ones where that is the same
-    (compiled.input_formats, v5e and v5p).  Seen from another order the array would be copied.  Where the channels are minor
-    and 8 or 16 divides the axis before, its tiles are free to join the outer rows.
+    It takes for the two tiled axes those that need the least padding to 8 x 128, the last ones
+    where that is the same
+    (compiled.input_formats, v5e and v5p).  Seen from another order the array would be copied.
+    Where the channels are minor and 8 or 16 divides the axis before, its tiles are free to join the
+    outer rows.
     """
     last = len(shape) - 1
     pairs = itertools.permutations(range(last, -1, -1), 2)
-    minor, second = min(pairs, key=lambda pair: _waste(shape[pair[1]], SUBLANES) * _waste(shape[pair[0]], LANES))
+    minor, second = min(
+        pairs, key=lambda pair: _waste(shape[pair[1]], SUBLANES) * _waste(shape[pair[0]], LANES)
+    )
     if last not in (minor, second):
         minor, second = last, last - 1
     order = (*(a for a in range(last + 1) if a not in (minor, second)), second, minor)

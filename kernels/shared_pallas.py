@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import ManualAxisType
 
-from jbn.kernels.seam import Stats, settled
+from jbn.kernels.seam import Stats, round_shift
 
 
 def out_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result that differs over the same manual mesh axes as x, so that shard_map's default check passes."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=jax.typeof(x).manual_axis_type.varying))
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        manual_axis_type=ManualAxisType(varying=jax.typeof(x).manual_axis_type.varying),
+    )
 
 
 def channels_last(shape: tuple[int, ...], axis: tuple[int, ...]) -> str | None:
@@ -23,22 +27,23 @@ def channels_last(shape: tuple[int, ...], axis: tuple[int, ...]) -> str | None:
     return "has nothing to do on an empty array" if 0 in shape else None
 
 
-def fold_factor(rows: int, channels: int, lanes: int) -> int:
-    """How many rows to put side by side so that their width is a multiple of `lanes`, a power of two.
+def widening(rows: int, channels: int, lanes: int) -> int:
+    """How many rows to put side by side so that their width is a multiple of `lanes`, a power of
+    two.
 
-    [rows, channels] as [rows / k, k * channels] is the same memory.  Where rows has too few factors of two, the width comes
-    as near as it can.
+    [rows, channels] as [rows / k, k * channels] is the same memory.  Where rows has too few factors
+    of two, the width comes as near as it can.
     """
     factor = lanes // math.gcd(lanes, channels)
     return math.gcd(factor, rows)
 
 
-def fold(x: Array, factor: int) -> Array:
+def widen(x: Array, factor: int) -> Array:
     """[..., channels] as [rows / factor, factor * channels]."""
     return x.reshape(-1, factor * x.shape[-1])
 
 
-def unfold(partials: Any, factor: int) -> Any:
+def narrow(partials: Any, factor: int) -> Any:
     """Arrays (a pytree) [parts, factor * channels] as [parts * factor, channels]."""
     return jax.tree.map(lambda p: p.reshape(p.shape[0] * factor, p.shape[1] // factor), partials)
 
@@ -46,8 +51,9 @@ def unfold(partials: Any, factor: int) -> Any:
 def merge(counts: Array, shift: Array, offset: Array, m2: Array) -> Stats:
     """Statistics of the union of parts; the mean of a part is its shift + offset.
 
-    The new shift is the mean of all parts to float32 precision, the new offset what that leaves; so neither depends on the
-    order of the parts beyond rounding (Chan, Golub & LeVeque 1979, for many parts at once).
+    The new shift is the mean of all parts to float32 precision, the new offset what that leaves; so
+    neither depends on the order of the parts beyond rounding (Chan, Golub & LeVeque 1979, for many
+    parts at once).
 
     Args:
         counts: [parts], how many rows each part has.
@@ -55,7 +61,7 @@ def merge(counts: Array, shift: Array, offset: Array, m2: Array) -> Stats:
     """
     total = counts.sum()
     weight = (counts / total)[:, None]
-    merged = settled((weight * (shift + offset)).sum(0))
+    merged = round_shift((weight * (shift + offset)).sum(0))
     delta = (shift - merged[None]) + offset
     rest = (weight * delta).sum(0)
     merged_m2 = (m2 + counts[:, None] * jnp.square(delta)).sum(0) - total * jnp.square(rest)
