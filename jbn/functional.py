@@ -9,6 +9,7 @@ from jax import Array
 from jax.nn import initializers
 
 from jbn.core import layer, renorm, running, stats, validate
+from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
 
@@ -233,7 +234,7 @@ def batch_norm_eval(
     axis = validate.axis(axis, x.ndim)
     validate.parameters(params, state, x, axis)
     validate.epsilon(eps)
-    config = layer.Config(
+    config = Config(
         axis=axis,
         activation=validate.activation(activation),
         dtype=validate.output_dtype(dtype, x),
@@ -379,7 +380,7 @@ def checked(
     weights = validate.weights(weights, x)
     validate.mapped_axis(axis_name)
     validate.batch(x, axis, weights, axis_name, virtual_batch_size)
-    config = layer.Config(
+    config = Config(
         axis=axis,
         activation=validate.activation(activation),
         dtype=validate.output_dtype(dtype, x),

@@ -10,14 +10,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A module may import those before it.
 CORE = (
-    *("validate", "stats", "running", "lowering", "dispatch", "partition", "linear", "autodiff"),
+    *("config", "validate", "sharding", "stats", "running", "op", "linear", "passes", "autodiff"),
     *("ghost", "layer", "renorm", "complex_numbers", "flax_common"),
 )
 ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nnx")
 # Each of these stands on the modules above. Another tool may use one only where ALLOWED says so.
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
 ALLOWED = {("health", "plot")}  # python -m jbn.health --plot
-# Whoever may import jbn.kernels: dispatch runs them; seam alone, which holds the shared formulas,
+# Whoever may import jbn.kernels: op runs them; seam alone, which holds the shared formulas,
 # is open to all.
 SEAM = "jbn.kernels.seam"
 
@@ -64,7 +64,7 @@ def forbidden(name, path, *, is_package=False):
 def _may_import(own, other):
     """Whether jbn.<own> may import jbn.<other>, a module or a name in one."""
     if other == "kernels" or other.startswith("kernels."):
-        return f"jbn.{other}".startswith(SEAM) or own == "core.dispatch" or own.startswith("bench")
+        return f"jbn.{other}".startswith(SEAM) or own == "core.op" or own.startswith("bench")
     if own in ORDER:
         return any(
             other == module or other.startswith(f"{module}.")
@@ -96,7 +96,7 @@ def test_imports_point_one_way(path):
         ("core.stats", "from jbn.core import autodiff"),
         ("core.validate", "import jbn.functional"),
         ("core.autodiff", "from jbn.kernels import xla"),
-        ("core.partition", "def f():\n    from jbn.kernels.xla import fwd_stats"),
+        ("core.passes", "def f():\n    from jbn.kernels.xla import fwd_stats"),
         ("core.running", "from jbn import plot"),
         ("functional", "from .linen import BatchNorm"),
         ("health.reports", "import jbn.kernels.triton"),
@@ -119,9 +119,9 @@ def test_a_wrong_arrow_is_found(tmp_path, name, source):
     [
         (
             "core.autodiff",
-            "from jbn.core import partition, stats\nfrom jbn.kernels.seam import Affine",
+            "from jbn.core import passes, stats\nfrom jbn.kernels.seam import Affine",
         ),
-        ("core.dispatch", "from jbn.kernels import xla"),
+        ("core.op", "from jbn.kernels import xla"),
         ("health.reports", "from jbn.health.findings import Finding\nfrom jbn import functional"),
         (
             "kernels.xla",
@@ -135,10 +135,10 @@ def test_a_right_arrow_passes(tmp_path, name, source):
     assert not forbidden(f"jbn.{name}", path)
 
 
-def test_only_dispatch_asks_for_devices():
+def test_only_op_asks_for_devices():
     asking = ("devices", "local_devices", "default_backend", "device_count")
     for path in FILES:
-        if module_name(path) == "jbn.core.dispatch" or module_name(path).startswith(
+        if module_name(path) == "jbn.core.op" or module_name(path).startswith(
             ("jbn.bench", "jbn.kernels")
         ):
             continue

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.bench import cases, layers, model, op, peers, report, seam, timing
-from jbn.core.dispatch import PLATFORMS
+from jbn.core.op import PLATFORMS
 
 Rows = list[dict[str, Any]]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jbn.bench import layers
 from jbn.bench.cases import Problem
-from jbn.core.dispatch import PLATFORMS
+from jbn.core.op import PLATFORMS
 
 
 class Peer(NamedTuple):

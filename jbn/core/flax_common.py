@@ -11,6 +11,7 @@ from jax import Array
 
 from jbn.core import complex_numbers, renorm, validate
 from jbn.core import layer as core
+from jbn.core.config import Config
 from jbn.types import Params, State
 
 
@@ -113,7 +114,7 @@ def _config(layer, x, dtype, initializing):
     axis_name = None if initializing else layer.axis_name
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     validate.mapped_axis(axis_name)
-    return core.Config(
+    return Config(
         axis=feature_axes(layer.axis, x.ndim),
         activation=layer.activation,
         dtype=dtype,

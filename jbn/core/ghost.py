@@ -17,26 +17,31 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbn.core import autodiff, stats
-from jbn.core.autodiff import BatchStats, Operands, Spec
+from jbn.core import autodiff, sharding, stats
+from jbn.core.config import Config
+from jbn.core.passes import Operands
+from jbn.kernels.seam import Stats
 
 
 def batch_norm(
-    spec: Spec, operands: Operands, weights: Array | None, guess: Array, size: int
-) -> tuple[Array, BatchStats]:
-    """As `autodiff.batch_norm`, by the moments of each `size` examples; the statistics returned are those of all."""
+    config: Config, operands: Operands, weights: Array | None, guess: Array
+) -> tuple[Array, Stats]:
+    """As `autodiff.batch_norm`, by the moments of each `config.virtual_batch_size` examples.
+
+    The statistics returned are those of all examples.
+    """
     x, scale, bias, residual, eps = operands
-    groups = x.shape[0] // size
+    groups = x.shape[0] // config.virtual_batch_size
     x, residual, weights = (_grouped(array, groups) for array in (x, residual, weights))
-    axis = (0, *(a + 1 for a in spec.axis))
+    axis = (0, *(a + 1 for a in config.axis))
     repeat = lambda vector: jnp.broadcast_to(vector, (groups, *vector.shape))
-    scale, bias, guess = stats.split_alike((repeat(scale), repeat(bias), repeat(guess)), x, axis)
-    local = spec._replace(axis=axis, axis_name=None, axis_index_groups=None)
-    y, each = autodiff.batch_norm(local, Operands(x, scale, bias, residual, eps), weights, guess)
-    count, shift, offset, var = each
-    pooled = stats.pool(stats.Stats(count, shift, offset, var * count))
-    count, shift, offset, m2 = stats.psum_stats(pooled, spec.axis_name, spec.axis_index_groups)
-    return _ungrouped(y), BatchStats(count, shift, offset, m2 / jnp.where(count > 0, count, 1))
+    vectors = tuple(map(repeat, (scale, bias, guess)))
+    scale, bias, guess = sharding.split_alike(vectors, x, axis)
+    local = config._replace(axis=axis, axis_name=None, axis_index_groups=None)
+    operands = Operands(x, scale, bias, residual, eps)
+    y, each = autodiff.batch_norm(local, operands, weights, guess)
+    pooled = stats.psum_stats(stats.pool(each), config.axis_name, config.axis_index_groups)
+    return _ungrouped(y), pooled
 
 
 def _grouped(array, groups) -> Any:
@@ -61,7 +66,7 @@ def _reshape(array, shape, split):
     mesh, spec = jax.typeof(array).sharding.mesh, jax.typeof(array).sharding.spec
     if AxisType.Explicit not in mesh.axis_types:
         return array.reshape(shape)
-    spec = split(*spec, *(None,) * (array.ndim - len(spec)))
+    spec = split(*sharding.padded(spec, array.ndim))
     shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(spec[0]))
     if shape[0] % shards:
         raise NotImplementedError(

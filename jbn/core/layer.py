@@ -1,52 +1,61 @@
-"""A whole layer without the checks: from x, parameters and state to y and the new state. Called by the functions and modules."""
+"""A whole layer without the checks: from x, parameters and state to y and the new state.
+
+The public functions and the Flax modules call these, once everything is found to fit.
+"""
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jbn.core import autodiff, ghost, partition, running, stats
+from jbn.core import autodiff, ghost, op, running, sharding, stats
+from jbn.core.config import Config
+from jbn.core.passes import Operands
 from jbn.kernels.seam import FUSED, accumulator
-from jbn.types import Moments, State
-
-
-class Config(NamedTuple):
-    """What the unvalidated core needs to know before tracing."""
-
-    axis: tuple[int, ...]
-    activation: Callable | None
-    dtype: Any
-    implementation: str | None = None
-    axis_name: Hashable | None = None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    virtual_batch_size: int | None = None
-    unbiased: bool = False
-    skip_nonfinite: bool = False
+from jbn.types import Moments, Params, State
 
 
 def train(
-    x, params, state, *, config: Config, momentum, eps, weights=None, residual=None
+    x: Array,
+    params: Params,
+    state: State,
+    *,
+    config: Config,
+    momentum: Any,
+    eps: Any,
+    weights: Array | None = None,
+    residual: Array | None = None,
 ) -> tuple[Array, State]:
-    """`batch_norm_train` without the checks, for the modules."""
+    """`batch_norm_train` without the checks."""
     fused, after = split_activation(config)
-    y, new_state = _train(
-        x, params, state, running.decay(momentum), eps, weights, residual, config=fused
-    )
+    decay = running.decay(momentum)
+    y, new_state = _train(x, params, state, decay, eps, weights, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
-def evaluate(x, params, state, *, config: Config, eps, residual=None) -> Array:
-    """`batch_norm_eval` without the checks, for the modules."""
+def evaluate(
+    x: Array,
+    params: Params,
+    state: State,
+    *,
+    config: Config,
+    eps: Any,
+    residual: Array | None = None,
+) -> Array:
+    """`batch_norm_eval` without the checks."""
     fused, after = split_activation(config)
-    y = _eval(x, params, state, eps, residual, config=fused)
+    y = _evaluate(x, params, state, eps, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype)
 
 
-def split_activation(config):
-    """Activations that are not fused stay outside the jit and the derivative rule, so closures over tracers work."""
+def split_activation(config: Config):
+    """(config, None), or without the activation and the activation, if it is not fused.
+
+    Such an activation stays outside the jit and the derivative rule, so that it may close over
+    traced values.
+    """
     if config.activation is None or config.activation in FUSED:
         return config, None
     return config._replace(activation=None), config.activation
@@ -54,52 +63,40 @@ def split_activation(config):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train(x, params, state, decay, eps, weights, residual, *, config):
-    spec, operands = _operands(x, params, eps, residual, config)
-    weights = None if weights is None else jax.lax.stop_gradient(weights)
-    guess = jax.lax.stop_gradient(state.mean.astype(operands.scale.dtype))
-    operands, weights, guess = stats.vary_alike((operands, weights, guess))
-    if config.virtual_batch_size is None:
-        y, batch = autodiff.batch_norm(spec, operands, weights, guess)
-    else:
-        y, batch = ghost.batch_norm(spec, operands, weights, guess, config.virtual_batch_size)
-    m = Moments(batch.count, batch.shift + batch.offset, batch.var * batch.count)
-    return y, running.update(
-        state, m, decay=decay, unbiased=config.unbiased, skip_nonfinite=config.skip_nonfinite
-    )
+    operands = _operands(x, params, eps, residual, config)
+    weights = None if weights is None else lax.stop_gradient(weights)
+    guess = lax.stop_gradient(state.mean.astype(operands.scale.dtype))
+    operands, weights, guess = sharding.vary_alike((operands, weights, guess))
+    batch_norm = autodiff if config.virtual_batch_size is None else ghost
+    y, batch = batch_norm.batch_norm(config, operands, weights, guess)
+    m = stats.as_moments(batch)
+    known = {"unbiased": config.unbiased, "skip_nonfinite": config.skip_nonfinite}
+    return y, running.update(state, m, decay=decay, **known)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _eval(x, params, state, eps, residual, *, config):
-    spec, operands = _operands(x, params, eps, residual, config)
-    acc = operands.scale.dtype
-    mean, var = stats.split_alike((state.mean.astype(acc), state.var.astype(acc)), x, config.axis)
-    return autodiff.normalize(spec, *stats.vary_alike((operands, mean, var)))
-
-
-def _operands(x, params, eps, residual, config):
-    """The static and the dynamic arguments of the derivative rule, every vector in the accumulator's dtype."""
-    acc = accumulator(x.dtype)
-    features = tuple(x.shape[a] for a in config.axis)
-    scale = jnp.ones(features, acc) if params.scale is None else params.scale.astype(acc)
-    bias = jnp.zeros(features, acc) if params.bias is None else params.bias.astype(acc)
-    scale, bias = stats.split_alike((scale, bias), x, config.axis)
-    residual = stats.split_alike(residual, x, tuple(range(x.ndim)))
-    operands = autodiff.Operands(x, scale, bias, residual, jnp.asarray(eps).astype(acc))
-    spec = autodiff.Spec(
-        axis=config.axis,
-        activation=config.activation,
-        dtype=config.dtype,
-        implementation=config.implementation,
-        residual_dtype=None if residual is None else residual.dtype,
-        axis_name=config.axis_name,
-        axis_index_groups=config.axis_index_groups,
-    )
-    return spec, stats.vary_alike(operands)
+def _evaluate(x, params, state, eps, residual, *, config):
+    operands = _operands(x, params, eps, residual, config)
+    mean, var = (v.astype(operands.scale.dtype) for v in (state.mean, state.var))
+    mean, var = sharding.split_alike((mean, var), x, config.axis)
+    return autodiff.normalize(config, *sharding.vary_alike((operands, mean, var)))
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def moments(x, weights, *, axis):
+def moments(x: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Moments:
+    """The moments of x, over all devices but those of manual axes."""
     guess = jnp.zeros(tuple(x.shape[a] for a in axis), accumulator(x.dtype))
-    x, guess, weights = stats.vary_alike((x, guess, weights))
-    count, shift, offset, m2 = partition.fwd_stats(None, x, guess, weights, axis=axis)
-    return Moments(count, shift + offset, m2)
+    x, guess, weights = sharding.vary_alike((x, guess, weights))
+    return stats.as_moments(op.fwd_stats(Config(axis, None, x.dtype), x, guess, weights))
+
+
+def _operands(x, params, eps, residual, config):
+    """The arguments of the derivative rule, every vector in the accumulator's dtype."""
+    dtype = accumulator(x.dtype)
+    features = tuple(x.shape[a] for a in config.axis)
+    scale = jnp.ones(features, dtype) if params.scale is None else params.scale.astype(dtype)
+    bias = jnp.zeros(features, dtype) if params.bias is None else params.bias.astype(dtype)
+    scale, bias = sharding.split_alike((scale, bias), x, config.axis)
+    residual = sharding.split_alike(residual, x, tuple(range(x.ndim)))
+    eps = jnp.asarray(eps).astype(dtype)
+    return sharding.vary_alike(Operands(x, scale, bias, residual, eps))

@@ -1,9 +1,9 @@
-"""A linear map with a transpose of its own, for `jax.custom_jvp` rules whose reverse mode is
-written by hand.
+"""A linear map with a hand-written transpose, for the reverse mode of `jax.custom_jvp` rules.
 
 `jax.custom_vjp` would forbid forward mode and every nesting of it.  Here the tangent map is an
-ordinary JAX function, so forward mode and higher orders are JAX's, while reverse mode at first
-order runs the given transpose.
+ordinary JAX function, so forward mode and higher orders are JAX's own, while reverse mode at first
+order runs the given transpose.  Neither function is traced before it is needed: the types of what
+they return are known.
 """
 
 import functools
@@ -12,33 +12,41 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
 
 def linear(
-    forward: Callable, transpose: Callable, static: Hashable, residuals: Any, tangents: Any
+    forward: Callable,
+    transpose: Callable,
+    static: Hashable,
+    point: Any,
+    tangents: Any,
+    like: Any,
+    contains: ClosedJaxpr | None = None,
 ) -> Any:
-    """forward(static, residuals, tangents), linear in tangents, differentiated in reverse by
-    `transpose`.
+    """forward(static, point, tangents), linear in tangents; `transpose` is its reverse mode.
 
     Args:
-        forward: module-level function of (static, residuals, tangents) to a pytree; differentiable
-            by JAX.
-        transpose: module-level function of (static, residuals, cotangents, wanted) to cotangents
-            like `tangents`; `wanted` is `tangents` with True for each array: where that has None,
-            what the cotangent holds is dropped.
+        forward: module-level function of (static, point, tangents) to a pytree; differentiable by
+            JAX.
+        transpose: module-level function of (static, point, cotangents, wanted) to cotangents like
+            `tangents`. `wanted` has the structure of `tangents`, with types in place of arrays.
+            `transpose` may skip what is None there; its result is ignored.
         static: hashable first argument of both.
-        residuals: pytree of arrays, the point at which the map is taken.
+        point: pytree of arrays, where the map is taken.
         tangents: pytree of arrays; None for what is known to be zero.
+        like: pytree of arrays of the types that `forward` returns.
+        contains: a program for JAX to look into, as it cannot look into the functions: see
+            `op.needs_devices`.
     """
-    flat_residuals, residual_tree = jax.tree.flatten(residuals)
+    flat_point, point_tree = jax.tree.flatten(point)
     flat_tangents, in_tree = jax.tree.flatten(tangents)
-    out_tree = jax.tree.structure(
-        jax.eval_shape(functools.partial(forward, static), residuals, tangents)
-    )
-    op = _Map(forward, transpose, static, (residual_tree, in_tree, out_tree))
-    return jax.tree.unflatten(out_tree, _bind(op, *flat_residuals, *flat_tangents))
+    flat_like, out_tree = jax.tree.flatten(like)
+    types = tuple(map(jax.typeof, flat_tangents)), tuple(map(jax.typeof, flat_like))
+    op = _Map(forward, transpose, static, (point_tree, in_tree, out_tree), types)
+    out = _linear.bind(*flat_point, *flat_tangents, op=op, contains=contains)
+    return jax.tree.unflatten(out_tree, out)
 
 
 class _Map(NamedTuple):
@@ -47,127 +55,116 @@ class _Map(NamedTuple):
     forward: Callable
     transpose: Callable
     static: Hashable
-    trees: tuple  # of residuals, inputs, outputs
+    trees: tuple  # of the point, the tangents and what `forward` returns
+    types: tuple  # of the tangents and what `forward` returns
     is_transpose: bool = False
 
     @property
-    def num_residuals(self):
+    def num_point(self) -> int:
         return self.trees[0].num_leaves
+
+    @property
+    def results(self) -> tuple:
+        return self.types[0 if self.is_transpose else 1]
 
     def transposed(self):
         return self._replace(is_transpose=not self.is_transpose)
 
-    def __call__(self, residuals, values):
-        residual_tree, in_tree, out_tree = self.trees
-        residuals = jax.tree.unflatten(residual_tree, residuals)
+    def __call__(self, *operands):
+        point_tree, in_tree, out_tree = self.trees
+        point = jax.tree.unflatten(point_tree, operands[: self.num_point])
+        values = operands[self.num_point :]
         if not self.is_transpose:
-            return jax.tree.leaves(
-                self.forward(self.static, residuals, jax.tree.unflatten(in_tree, values))
-            )
-        wanted = jax.tree.unflatten(in_tree, [True] * in_tree.num_leaves)
-        cotangents = self.transpose(
-            self.static, residuals, jax.tree.unflatten(out_tree, values), wanted
-        )
+            tangents = jax.tree.unflatten(in_tree, values)
+            return jax.tree.leaves(self.forward(self.static, point, tangents))
+        wanted = jax.tree.unflatten(in_tree, self.types[0])
+        cotangents = jax.tree.unflatten(out_tree, values)
+        found = self.transpose(self.static, point, cotangents, wanted)
         is_none = lambda leaf: leaf is None
-        keep = lambda want, ct: ct if want else None
-        return jax.tree.leaves(jax.tree.map(keep, wanted, cotangents, is_leaf=is_none))
+        keep = lambda want, ct: ct if want is not None else None
+        return jax.tree.leaves(jax.tree.map(keep, wanted, found, is_leaf=is_none))
 
 
 class _Batched(NamedTuple):
-    """A map under vmap: some residuals are mapped, all values are, over axis 0."""
+    """A map under vmap: a part of the point is mapped, all values are, over axis 0."""
 
     op: Any
-    in_axes: tuple[int | None, ...]
+    in_axes: tuple[int | None, ...]  # of the point
     vmap_arguments: tuple  # of (name, value)
+    types: tuple  # of the values and the results
 
     @property
-    def num_residuals(self):
-        return self.op.num_residuals
+    def num_point(self) -> int:
+        return self.op.num_point
+
+    @property
+    def results(self) -> tuple:
+        return self.types[1]
 
     def transposed(self):
-        return self._replace(op=self.op.transposed())
+        return self._replace(op=self.op.transposed(), types=self.types[::-1])
 
-    def __call__(self, residuals, values):
-        return jax.vmap(self.op, (self.in_axes, 0), 0, **dict(self.vmap_arguments))(
-            residuals, values
-        )
-
-
-def _run(*operands, op):
-    return list(op(operands[: op.num_residuals], operands[op.num_residuals :]))
+    def __call__(self, *operands):
+        in_axes = (*self.in_axes, *(0,) * (len(operands) - self.num_point))
+        return jax.vmap(self.op, in_axes, 0, **dict(self.vmap_arguments))(*operands)
 
 
-def _bind(op, *operands):
-    """The body travels along as a jaxpr, so that JAX sees what it needs for lowering (see `partition`)."""
-    return _linear.bind(
-        *operands, op=op, body=jax.make_jaxpr(functools.partial(_run, op=op))(*operands)
-    )
-
-
-_jitted = jax.jit(_run, static_argnames="op")
 _linear = Primitive("jbn_linear")
 _linear.multiple_results = True
+_linear.def_impl(lambda *operands, op, contains: _jitted(*operands, op=op))
+_linear.def_abstract_eval(lambda *_, op, contains: list(op.results))
+_jitted = jax.jit(lambda *operands, op: op(*operands), static_argnames="op")
 
 
-@_linear.def_impl
-def _(*operands, op, body):
-    return _jitted(*operands, op=op)
-
-
-@_linear.def_abstract_eval
-def _(*_, op, body):
-    return body.out_avals
-
-
-def _jvp(primals, tangents, *, op, body):
-    """Linear in the values; in the residuals, JAX differentiates the body."""
-    n = op.num_residuals
-    out = _bind(op, *primals)
+def _jvp(primals, tangents, *, op, contains):
+    """Linear in the values; in the point, JAX differentiates the function."""
+    n = op.num_point
+    apply = functools.partial(_linear.bind, op=op, contains=contains)
     terms = []
     if any(type(t) is not ad.Zero for t in tangents[n:]):
-        terms.append(_bind(op, *primals[:n], *map(ad.instantiate_zeros, tangents[n:])))
+        terms.append(apply(*primals[:n], *map(ad.instantiate_zeros, tangents[n:])))
     if any(type(t) is not ad.Zero for t in tangents[:n]):
-        at_values = lambda *residuals: op(residuals, primals[n:])
-        terms.append(
-            jax.jvp(at_values, tuple(primals[:n]), tuple(map(ad.instantiate_zeros, tangents[:n])))[
-                1
-            ]
-        )
-    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)] if terms else [
-        jnp.zeros_like(o) for o in out
-    ]
+        at_values = lambda *point: op(*point, *primals[n:])
+        moving = tuple(map(ad.instantiate_zeros, tangents[:n]))
+        terms.append(jax.jvp(at_values, tuple(primals[:n]), moving)[1])
+    out = apply(*primals)
+    if not terms:
+        return out, [jnp.zeros(o.shape, o.dtype) for o in out]
+    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
 
-def _transpose(cotangents, *operands, op, body):
-    residuals, values = operands[: op.num_residuals], operands[op.num_residuals :]
-    out = _bind(op.transposed(), *residuals, *map(ad.instantiate_zeros, cotangents))
-    linear_in = map(ad.is_undefined_primal, values)
-    return [None] * len(residuals) + [
-        ct if undefined else None for ct, undefined in zip(out, linear_in, strict=True)
-    ]
+def _transpose(cotangents, *operands, op, contains):
+    point, values = operands[: op.num_point], operands[op.num_point :]
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    out = _linear.bind(*point, *cotangents, op=op.transposed(), contains=contains)
+    is_linear = map(ad.is_undefined_primal, values)
+    wanted = [ct if linear else None for ct, linear in zip(out, is_linear, strict=True)]
+    return [None] * len(point) + wanted
 
 
-def _batch(axis_data, operands, dims, *, op, body):
-    if all(dim is None for dim in dims):  # fancy batchers are called with unmapped operands too
-        out = _bind(op, *operands)
+def _batch(axis_data, operands, dims, *, op, contains):
+    if all(dim is None for dim in dims):  # JAX calls this rule with unmapped operands too
+        out = _linear.bind(*operands, op=op, contains=contains)
         return out, [None] * len(out)
-    n = op.num_residuals
-    moved = [
-        x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(operands, dims, strict=True)
-    ]
+    n, pairs = op.num_point, list(zip(operands, dims, strict=True))
+    moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs]
     moved[n:] = [
-        jnp.broadcast_to(x, (axis_data.size, *x.shape)) if dim is None else x
-        for x, dim in zip(moved[n:], dims[n:], strict=True)
+        jnp.broadcast_to(x, (axis_data.size, *x.shape)) if dim is None else y
+        for (x, dim), y in zip(pairs[n:], moved[n:], strict=True)
     ]
-    named = {"axis_name": axis_data.name} if isinstance(axis_data.name, str) else {}
-    arguments = {"axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name, **named}
+    arguments = {"axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}
+    if type(axis_data.name) is not object:  # a bare object() stands for an axis without a name
+        arguments["axis_name"] = axis_data.name
     in_axes = tuple(None if dim is None else 0 for dim in dims[:n])
-    out = _bind(_Batched(op, in_axes, tuple(arguments.items())), *moved)
+    batched = _Batched(op, in_axes, tuple(arguments.items()), ())
+    results = tuple(jax.make_jaxpr(batched)(*moved).out_avals)
+    batched = batched._replace(types=(tuple(map(jax.typeof, moved[n:])), results))
+    out = _linear.bind(*moved, op=batched, contains=contains)
     return out, [0] * len(out)
 
 
-def _lower(context, *operands, op, body):
-    return mlir.lower_fun(jaxpr_as_fun(body), multiple_results=True)(context, *operands)
+def _lower(context, *operands, op, contains):
+    return mlir.lower_fun(op, multiple_results=True)(context, *operands)
 
 
 ad.primitive_jvps[_linear] = _jvp

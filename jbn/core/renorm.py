@@ -1,4 +1,4 @@
-"""Batch renormalization: normalize by the batch, corrected toward the running statistics that inference will use."""
+"""Batch renormalization: normalize by the batch, corrected toward the running statistics."""
 
 import functools
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core import layer, partition, running, stats
-from jbn.core.layer import Config
+from jbn.core import layer, op, running, sharding, stats
+from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
 
@@ -59,11 +59,11 @@ def _correction(x, state, r_max, d_max, eps, weights, config):
     mean, var, eps, r_max, d_max = (
         jnp.asarray(v).astype(acc) for v in (state.mean, state.var, eps, r_max, d_max)
     )
-    mean, var = stats.split_alike((mean, var), x, config.axis)
-    x, weights, guess = stats.vary_alike((x, weights, mean))
-    local = partition.fwd_stats(config.implementation, x, guess, weights, axis=config.axis)
-    count, shift, offset, m2 = stats.psum_stats(local, config.axis_name, config.axis_index_groups)
+    mean, var = sharding.split_alike((mean, var), x, config.axis)
+    x, weights, guess = sharding.vary_alike((x, weights, mean))
+    local = op.fwd_stats(config, x, guess, weights)
+    batch = stats.psum_stats(local, config.axis_name, config.axis_index_groups)
     running_std = jnp.sqrt(var + eps)
-    r = jnp.sqrt(m2 / jnp.where(count > 0, count, 1) + eps) / running_std
-    d = ((shift - mean) + offset) / running_std
+    r = jnp.sqrt(stats.variance(batch) + eps) / running_std
+    d = ((batch.shift - mean) + batch.offset) / running_std
     return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)

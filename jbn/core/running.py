@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from jbn.core import stats
+from jbn.core.sharding import split_alike
 from jbn.types import Moments, State
 
 
@@ -40,7 +41,7 @@ def update(
     accepted = (m.count > 0).any()
     if skip_nonfinite:
         accepted = accepted & jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
-    m = stats.split_alike(m, state.mean, tuple(range(state.mean.ndim)))
+    m = split_alike(m, state.mean, tuple(range(state.mean.ndim)))
     counted = m.count > 0
 
     def average(old, new):

@@ -1,33 +1,46 @@
 """Moments of an array, and how the moments of parts become those of the whole."""
 
+import math
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jbn.kernels.seam import Stats, round_shift
+from jbn.core.sharding import varying
+from jbn.kernels.seam import Stats, accumulator, reduced_axes, round_shift
 from jbn.types import Moments
 
 
-def variance(m: Moments, *, unbiased: bool = False) -> Array:
-    """m2 / count, or m2 / (count - 1) where unbiased and count > 1; 0 where nothing was counted."""
-    divisor = jnp.where(m.count > 1, m.count - 1, m.count) if unbiased else m.count
-    return m.m2 / jnp.where(m.count > 0, divisor, 1)
+def count(x: Array, axis: tuple[int, ...]) -> Array:
+    """How many values of x each feature has."""
+    shape = tuple(x.shape[a] for a in axis)
+    number = math.prod(x.shape[a] for a in reduced_axes(x.ndim, axis))
+    number = float(number) if isinstance(number, int) else jnp.asarray(number)  # or symbolic
+    return jnp.full(shape, number, accumulator(x.dtype))
+
+
+def divisor(count: Array) -> Array:
+    """`count`, or 1 where nothing was counted."""
+    return jnp.where(count > 0, count, 1)
+
+
+def variance(m: Moments | Stats, *, unbiased: bool = False) -> Array:
+    """m2 / count, or m2 / (count - 1) where unbiased; 0 where nothing was counted.
+
+    Below a count of 2 the biased variance is kept: weights may sum to just above 1.
+    """
+    degrees = jnp.where(m.count >= 2, m.count - 1, m.count) if unbiased else m.count
+    return m.m2 / divisor(degrees)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets (Chan, Golub & LeVeque 1979, eq. 2.1), exact and in either order."""
+    """Moments of the union of two sets (Chan, Golub & LeVeque 1979, eq. 2.1)."""
     count = a.count + b.count
-    divisor = jnp.where(count > 0, count, 1)
     delta = b.mean - a.mean
-    mean = jnp.where(
-        b.count > a.count,
-        b.mean - delta * (a.count / divisor),
-        a.mean + delta * (b.count / divisor),
-    )
-    return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * b.count / divisor))
+    share_a, share_b = a.count / divisor(count), b.count / divisor(count)
+    # From the larger set's mean, which is then exact where the other set is empty.
+    mean = jnp.where(b.count > a.count, b.mean - delta * share_a, a.mean + delta * share_b)
+    return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * share_b))
 
 
 def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
@@ -39,9 +52,13 @@ def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:
 
 def psum_moments(m: Moments, axis_name: Hashable, axis_index_groups=None) -> Moments:
     """Moments of the union over a mapped axis."""
-    local = Stats(m.count, m.mean, jnp.zeros_like(m.mean), m.m2)
-    count, shift, offset, m2 = psum_stats(local, axis_name, axis_index_groups)
-    return Moments(count, shift + offset, m2)
+    local = Stats(m.count, m.mean, jnp.zeros(m.mean.shape, m.mean.dtype), m.m2)
+    return as_moments(psum_stats(local, axis_name, axis_index_groups))
+
+
+def as_moments(s: Stats) -> Moments:
+    """The same with the mean as one number."""
+    return Moments(s.count, s.shift + s.offset, s.m2)
 
 
 def pool(s: Stats) -> Stats:
@@ -50,18 +67,18 @@ def pool(s: Stats) -> Stats:
     return Stats(*(vector.squeeze(0) for vector in union))
 
 
-def _union(s, total):
-    """total: the sum over the parts of a stack of per-channel vectors.
+def _union(s, sum_over_parts):
+    """The statistics of all parts.
 
-    The first finds the mean to float32 precision; the second, relative to it, the rest of the mean
-    and m2.
+    The first sum finds the mean to float32 precision.  The second, relative to that mean, finds the
+    rest of it and m2.
     """
-    count, sums = total(jnp.stack([s.count, s.count * (s.shift + s.offset)]))
-    divisor = jnp.where(count > 0, count, 1)
-    shift = round_shift(sums / divisor)
+    count, sums = sum_over_parts(jnp.stack([s.count, s.count * (s.shift + s.offset)]))
+    shift = round_shift(sums / divisor(count))
     delta = (s.shift - shift) + s.offset
-    m2, rest = total(jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta]))
-    offset = rest / divisor
+    terms = jnp.stack([s.m2 + s.count * jnp.square(delta), s.count * delta])
+    m2, rest = sum_over_parts(terms)
+    offset = rest / divisor(count)
     return Stats(count, shift, offset, jnp.maximum(m2 - rest * offset, 0))
 
 
@@ -71,7 +88,8 @@ def psum(vectors: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
         return vectors
     if axis_index_groups is not None and varying(vectors):
         raise NotImplementedError(
-            f"axis_index_groups {axis_index_groups} in shard_map(check_vma=True): its psum takes no groups, use check_vma=False"
+            f"axis_index_groups {axis_index_groups} in shard_map(check_vma=True): its psum takes "
+            "no groups, use check_vma=False"
         )
     return lax.psum(vectors, axis_name, axis_index_groups=axis_index_groups)
 
@@ -86,47 +104,16 @@ def psum_cotangent(ct: Array, x: Array, axis_name: Hashable, axis_index_groups=N
 
 
 def unmapped(tangent: Array, x: Array, axis_name: Hashable, axis_index_groups=None) -> Array:
-    """A tangent that psum from x made equal everywhere, as vmap knows it of the primal: a value without the mapped axis."""
+    """A tangent that psum made equal on all members of the axis, without the mapped axis.
+
+    vmap still thinks that it varies.  pmean changes no value, and removes the axis from its type.
+    """
     names = _untyped(axis_name, x, tangent)
     return lax.pmean(tangent, names, axis_index_groups=axis_index_groups) if names else tangent
 
 
 def _untyped(axis_name, x, value):
-    """Those of the mapped axes over which the type of a value made by psum from x does not say that it is equal."""
+    """The mapped axes over which `value` is equal, as psum made it from x, though its type does not
+    say so."""
     names = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
     return tuple(name for name in names if name not in varying(x) - varying(value))
-
-
-def varying(x: Array) -> frozenset:
-    """The manual mesh axes over which x is known to differ: empty outside shard_map(check_vma=True)."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
-
-
-def split_alike(vectors, x: Array, axis: tuple[int, ...]):
-    """Each of a pytree of per-channel vectors split over an explicit mesh as x is along its feature
-    axes; elsewhere as it is.
-
-    Done outside the derivative rule, so that JAX brings the gradients back to the shardings of
-    their arguments.
-    """
-    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
-    if AxisType.Explicit not in mesh.axis_types:
-        return vectors
-    padded = (*spec, *(None,) * (x.ndim - len(spec)))
-    sharding = NamedSharding(mesh, PartitionSpec(*(padded[a] for a in axis)))
-    return jax.tree.map(lambda vector: jax.reshard(vector, sharding), vectors)
-
-
-def vary_alike(tree):
-    """Mark all arrays of a pytree as varying over the manual axes that any of them varies over.
-
-    Done outside the derivative rule, so that JAX sums the gradient of a replicated parameter over
-    the devices.
-    """
-    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-
-    def mark(a):
-        missing = tuple(axes - varying(a))
-        return lax.pcast(a, missing, to="varying") if missing else a
-
-    return jax.tree.map(mark, tree)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_partition import collectives
+from test_over_devices import collectives
 
 import jbn
 

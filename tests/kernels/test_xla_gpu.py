@@ -9,7 +9,7 @@ import pytest
 
 import jbn
 from jbn.bench import hlo, targets
-from jbn.core import dispatch
+from jbn.core import op
 from jbn.kernels import xla_gpu
 
 # One of each channel count; the rest as the pairwise choice has it. In bfloat16 the sum with a
@@ -25,7 +25,7 @@ CASES = [
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The GPU's placement under the public API on the host: "xla" is what it runs instead."""
-    monkeypatch.setattr(dispatch, "xla", xla_gpu)
+    monkeypatch.setattr(op, "xla", xla_gpu)
     jax.clear_caches()
     yield "xla"
     jax.clear_caches()

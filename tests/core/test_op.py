@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jbn
-from jbn.core import dispatch
+from jbn.core import op
 from jbn.kernels import mosaic_gpu
 
 PARAMS, STATE = jbn.init(8)
@@ -63,7 +63,7 @@ def test_shapes_a_kernel_does_not_take_say_why(implementation):
 def test_one_device_or_more():
     """The kernel of a whole pass only where all rows are at hand; elsewhere, and under transformations, the two apart."""
     in_one, apart = lambda x: x + 1, lambda x: x + 2
-    layer = lambda x: dispatch.on_one_device("xla/interpret", in_one, apart, x)
+    layer = lambda x: op.in_one("xla/interpret", in_one, apart, x)
     split = jax.device_put(
         X, NamedSharding(jax.make_mesh((2,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows"))
     )
@@ -71,9 +71,7 @@ def test_one_device_or_more():
     np.testing.assert_array_equal(jax.jit(layer)(split), X + 2)
     np.testing.assert_array_equal(jax.jit(jax.vmap(layer))(X), X + 2)
     np.testing.assert_array_equal(jax.jvp(layer, (X,), (X,))[1], X)
-    np.testing.assert_array_equal(
-        dispatch.on_one_device("xla/interpret", lambda x: None, apart, X), X + 2
-    )
+    np.testing.assert_array_equal(op.in_one("xla/interpret", lambda x: None, apart, X), X + 2)
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap", "hessian"])

@@ -163,7 +163,8 @@ def test_without_a_mesh_in_context(implementation):
         jax.jit(lambda *a: case.step(*a, implementation=implementation)).lower(*arguments).compile()
     )
     case.check(step(*arguments))
-    assert reductions(step, case.x.size) == 3
+    # XLA merges the backward pass's with the second of the forward pass: both wait for the first.
+    assert reductions(step, case.x.size) == 2
 
 
 def test_not_jitted(implementation):
@@ -189,7 +190,7 @@ def test_part_of_a_mesh_axis(implementation):
 
     compiled = jax.jit(step).lower(x, dy, params, state).compile()
     case.check(compiled(x, dy, params, state))
-    assert reductions(compiled, x.size) == 3
+    assert reductions(compiled, x.size) == 2
 
 
 def masks():
