@@ -473,7 +473,7 @@ def test_momentum_and_eps_are_arguments_not_constants():
     x = draw((11, 3))
     params, state = layer(3)
     run = lambda momentum, eps: jbn.batch_norm_train(x, params, state, momentum=momentum, eps=eps)
-    cached = lambda: (core_layer._train._cache_size(), core_layer._eval._cache_size())
+    cached = lambda: (core_layer._train._cache_size(), core_layer._evaluate._cache_size())
     run(0.9, 1e-5)
     jbn.batch_norm_eval(x, params, state, eps=1e-5)
     before = cached()

@@ -387,6 +387,8 @@ def _name_by_content(context, call, values):
         return
     callbacks = table[made_by.attributes["backend_config"].value.encode()]
     module = context.module_context
+    activation = getattr(call.options.activation, "__name__", None)  # its repr holds an address
+    call = call._replace(options=call.options._replace(activation=activation))
     key = f"jbn {call} {context.avals_in} {module.platforms} {module.axis_context.num_devices}"
     key = hashlib.sha256(key.encode()).hexdigest()
     # Of equal programs that live at the same time all use the first one's.

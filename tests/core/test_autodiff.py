@@ -319,3 +319,43 @@ def test_gradient_into_moments():
     np.testing.assert_allclose(
         dx, 2 * (np.asarray(x) - np.mean(np.asarray(x), 0)) * np.arange(1, 4), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.silu])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_cotangent_that_is_not_finite_under_weight_zero_stays_there(activation, bad):
+    """x is finite there: what is not comes from the loss, and from the residual."""
+    rng = np.random.default_rng(0)
+    x, dy, residual = rng.standard_normal((3, 12, 5)).astype(np.float32)
+    mask = np.arange(12) < 9
+    params, state = jbn.init(5)
+    dy_bad, residual_bad = (np.where(mask[:, None], v, np.float32(bad)) for v in (dy, residual))
+
+    def gradients(x, dy, residual, weights):
+        def loss(x, params, residual):
+            y, _ = jbn.batch_norm_train(
+                x, params, state, residual=residual, activation=activation, weights=weights
+            )
+            return jnp.sum(y * dy)
+
+        return jax.grad(loss, (0, 1, 2))(x, params, residual)
+
+    dx, dparams, dresidual = gradients(x, dy_bad, residual_bad, jnp.asarray(mask)[:, None])
+    want_dx, want_dparams, want_dresidual = gradients(x[:9], dy[:9], residual[:9], None)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    close(dx[:9], want_dx)
+    close(dresidual[:9], want_dresidual)
+    jax.tree.map(close, dparams, want_dparams)
+
+
+def test_a_tangent_that_is_nan_at_a_masked_element_stays_there():
+    x = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
+    mask = jnp.arange(12)[:, None] < 9
+    params, state = jbn.init(5)
+    layer = lambda x: jbn.batch_norm_train(x, params, state, weights=mask)
+    tangent = np.where(mask, 1, np.nan).astype(np.float32) * x[::-1]
+    _, (t_y, t_state) = jax.jvp(layer, (x,), (tangent,))
+    without = lambda x: jbn.batch_norm_train(x, params, state)
+    _, (want, want_state) = jax.jvp(without, (x[:9],), (tangent[:9],))
+    np.testing.assert_allclose(t_y[:9], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(t_state.var, want_state.var, rtol=1e-4, atol=1e-6)

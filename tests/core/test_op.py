@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jbn
-from jbn.core import op
+from jbn.core import op, passes
+from jbn.core.config import Config
 from jbn.kernels import mosaic_gpu
 
 PARAMS, STATE = jbn.init(8)
@@ -124,3 +125,34 @@ def test_second_derivatives_through_a_scan(implementation):
     )
     for a, b in zip(found, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_one_kernel_only_where_nothing_stands_between_the_steps():
+    """A collective or weights come between the statistics and y."""
+    device = AbstractDevice("TPU v5e", 1, "tpu")
+    config = Config((1,), None, X.dtype, "mosaic_tpu/interpret")
+    weights = jnp.ones((16, 1))
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    ):
+        chosen = lambda config, weights=None: passes._one_kernel("fwd_fused", config, X, weights)
+        assert chosen(config) is not None
+        assert chosen(config._replace(axis_name="batch")) is None
+        assert chosen(config, weights) is None
+        assert chosen(config._replace(implementation=None)) is None
+
+
+def test_gradient_of_eps_through_the_fused_kernels():
+    device = AbstractDevice("TPU v5e", 1, "tpu")
+
+    def loss(eps, implementation):
+        y, state = jbn.batch_norm_train(X, PARAMS, STATE, eps=eps, implementation=implementation)
+        return jnp.sum(y**2 * jnp.cos(X))
+
+    derive = lambda implementation: jax.jit(jax.grad(lambda eps: loss(eps, implementation)))
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    ):
+        lowered = derive("mosaic_tpu/interpret").lower(0.1)
+    assert "fwd_fused" in lowered.as_text(debug_info=True)
+    np.testing.assert_allclose(lowered.compile()(0.1), derive("xla")(0.1), rtol=1e-5)

@@ -232,6 +232,36 @@ def test_uneven_shards(weights, implementation):
     case.check(compiled(*arguments))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_padding_of_uneven_shards_is_never_read(activation, implementation):
+    """What XLA leaves in the padding is not zero after an operation that x went through."""
+    mesh = make_mesh((8,), ("data",))
+    case = Case(shape=(1020, 16), activation=activation)
+
+    def step(x, dy, residual, params, state):
+        place = lambda v: lax.with_sharding_constraint(v, NamedSharding(mesh, P("data")))
+        x, dy, residual = (jnp.exp(place(v)) * 50 for v in (x, dy, residual))
+
+        def loss(x, residual, params):
+            return (
+                case.train(x, params, state, residual=residual, implementation=implementation)[0]
+                * dy
+            ).sum()
+
+        return jax.grad(loss, (0, 1, 2))(x, residual, params)
+
+    arguments = (case.x, case.dy, case.dy[::-1], case.params, case.state)
+    found = jax.jit(step)(*arguments)
+    with jax.default_device(jax.devices()[0]):
+        x, dy, residual = (jnp.exp(v) * 50 for v in arguments[:3])
+        loss = lambda x, residual, params: (
+            case.train(x, params, case.state, residual=residual)[0] * dy
+        ).sum()
+        want = jax.grad(loss, (0, 1, 2))(x, residual, case.params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(b).max()))
+
+
 def test_uneven_spatial_shards_of_every_axis(implementation):
     case = Case(shape=(5, 3, 7, 6), activation="gelu")
     mesh = make_mesh((2, 2, 2), ("data", "space", "model"))

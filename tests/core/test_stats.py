@@ -151,3 +151,15 @@ def test_groups_of_devices_are_normalized_apart():
         np.testing.assert_allclose(np.asarray(y)[group], expected, atol=1e-5)
         for k in group:
             np.testing.assert_allclose(new.var[k], oracle.variance(m), rtol=1e-5)
+
+
+def test_a_pool_of_parts_far_from_zero():
+    """The rest of the mean that one float32 loses at 1e6 is not counted as variance."""
+    x = draw(8, 64, 3, mean=1e6)
+    each = jax.vmap(lambda part: jbn.moments(part))(x)
+    zero = jnp.zeros_like(each.mean)
+    pooled = stats.pool(stats.Stats(each.count, each.mean, zero, each.m2))
+    mean = np.asarray(pooled.shift, np.float64) + np.asarray(pooled.offset, np.float64)
+    between = 64 * np.square(np.asarray(each.mean, np.float64) - mean).sum(0)
+    want = np.asarray(each.m2, np.float64).sum(0) + between
+    np.testing.assert_allclose(pooled.m2, want, rtol=1e-5)
