@@ -71,10 +71,10 @@ class Stats(NamedTuple):
     One float32 cannot hold a mean of 1e4 better than 5e-4, which would be an error of y; two can.
     """
 
-    count: Array  # sum of the weights, or the number of elements
+    count: Any  # sum of the weights, or the number of elements
     shift: Array  # a value near the data: |offset| is small beside the standard deviation
     offset: Array
-    m2: Array  # sum of weight * (x - mean)^2
+    m2: Any  # sum of weight * (x - mean)^2
 
 
 class Affine(NamedTuple):

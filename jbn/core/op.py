@@ -77,7 +77,7 @@ def _run(config, arguments, residual_dtype=None):
     leaves, tree = jax.tree.flatten(arguments)
     options = Options(config.axis, config.activation, config.dtype, residual_dtype)
     on_xla = getattr(arguments, "weights", None) is not None or config.implementation is None
-    call = _Call(tree, options, "xla" if on_xla else config.implementation)
+    call = _Call(tree, options, "xla" if on_xla else str(config.implementation))
     mesh = jax.typeof(arguments.x).sharding.mesh
     # XLA splits what is elementwise by itself; a sum or a kernel takes `_over_devices`.
     whole = call.implementation == "xla" and not arguments.reduces
@@ -188,7 +188,7 @@ def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
     return functools.partial(kernel, device=device, interpret=bool(interpret))
 
 
-def in_one(implementation: str, kernel: Callable, two_steps: Callable, *args: Any) -> Any:
+def in_one(implementation: str | None, kernel: Callable, two_steps: Callable, *args: Any) -> Any:
     """kernel(*args) if the program is compiled for a single device; two_steps(*args) on several
     devices, under vmap, and if the kernel declines by returning None."""
     if jax.eval_shape(kernel, *args) is None:
@@ -196,7 +196,9 @@ def in_one(implementation: str, kernel: Callable, two_steps: Callable, *args: An
     leaves, tree = jax.tree.flatten(args)
     flat = lambda fn: lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves)))
     jaxpr, shapes = jax.make_jaxpr(two_steps, return_shape=True)(*args)
-    call = _OneKernel(implementation, flat(kernel), flat(two_steps), tuple(jaxpr.out_avals))
+    call = _OneKernel(
+        implementation or "xla", flat(kernel), flat(two_steps), tuple(jaxpr.out_avals)
+    )
     out = _op.bind(*leaves, call=call, devices=needs_devices())
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
@@ -380,12 +382,12 @@ def _name_by_content(context, call, values):
     where its private table is gone, the cache misses and nothing else changes.
     """
     table = getattr(sys.modules.get("jax._src.custom_partitioning"), "_sharding_callbacks", None)
-    made_by = getattr(values[0], "owner", None)
-    if table is None or "call_target_name" not in getattr(made_by, "attributes", ()):
+    attributes: Any = getattr(getattr(values[0], "owner", None), "attributes", {})
+    if table is None or "call_target_name" not in attributes:
         return
-    if made_by.attributes["call_target_name"].value != "CustomSPMDPartitioning":
+    if attributes["call_target_name"].value != "CustomSPMDPartitioning":
         return
-    callbacks = table[made_by.attributes["backend_config"].value.encode()]
+    callbacks = table[attributes["backend_config"].value.encode()]
     module = context.module_context
     activation = getattr(call.options.activation, "__name__", None)  # its repr holds an address
     call = call._replace(options=call.options._replace(activation=activation))
@@ -393,7 +395,7 @@ def _name_by_content(context, call, values):
     key = hashlib.sha256(key.encode()).hexdigest()
     # Of equal programs that live at the same time all use the first one's.
     module.add_keepalive(table.setdefault(key.encode(), callbacks))
-    made_by.attributes["backend_config"] = ir.StringAttr.get(key)
+    attributes["backend_config"] = ir.StringAttr.get(key)
 
 
 def _specs(call, spec, leaves):
@@ -438,19 +440,16 @@ def _without_padding(call, local, spec, shape, reduced, leaves):
         valid = inside if valid is None else valid & inside
     if valid is None:
         return local(*leaves)
-    zero = lambda array: (
-        None if array is None else jnp.where(valid, array, jnp.zeros((), array.dtype))
-    )
+    zero = lambda array: jnp.where(valid, array, jnp.zeros((), array.dtype))
     arguments = jax.tree.unflatten(call.tree, leaves)
     if isinstance(arguments, BwdStats):
         shift = broadcastable(arguments.affine.shift, valid.ndim, call.axis)
         x = jnp.where(valid, arguments.x, shift.astype(arguments.x.dtype))
-        dy, saved = zero(arguments.dy), zero(arguments.saved)
+        dy, saved = jax.tree.map(zero, (arguments.dy, arguments.saved))
         return local(*jax.tree.leaves(arguments._replace(x=x, dy=dy, saved=saved)))
-    weights = valid if arguments.weights is None else zero(arguments.weights)
-    weights = jnp.broadcast_to(
-        weights, (*leaves[0].shape[: call.mapped], *weights.shape[call.mapped :])
-    )
+    weights: Any = valid if arguments.weights is None else zero(arguments.weights)
+    shape = (*leaves[0].shape[: call.mapped], *weights.shape[call.mapped :])
+    weights = jnp.broadcast_to(weights, shape)
     leaves, tree = jax.tree.flatten(arguments._replace(weights=weights))
     return call._replace(tree=tree).on(xla)(*leaves)
 
