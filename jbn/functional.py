@@ -81,7 +81,9 @@ def batch_norm_train(
     x). Gradients flow through them, into y and into the new state.
 
     Args:
-        x: floating array of any rank >= 2 (rank >= 1 with axis_name).
+        x: floating array of any rank >= 2 (rank >= 1 with axis_name). Where the squares of a
+            feature add up to more than 3.4e38 (a million values of 2e16), its variance is not
+            finite in float32, and skip_nonfinite keeps the old state.
         params: scale and bias, the shape of the feature axes.
         state: the running statistics.
         axis: the feature axis or axes; everything else is reduced.
