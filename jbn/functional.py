@@ -81,7 +81,9 @@ def batch_norm_train(
     x). Gradients flow through them, into y and into the new state.
 
     Args:
-        x: floating array of any rank >= 2 (rank >= 1 with axis_name).
+        x: floating array of any rank >= 2 (rank >= 1 with axis_name). Where the squares of a
+            feature add up to more than 3.4e38 (a million values of 2e16), its variance is not
+            finite in float32, and skip_nonfinite keeps the old state.
         params: scale and bias, the shape of the feature axes.
         state: the running statistics.
         axis: the feature axis or axes; everything else is reduced.
@@ -233,7 +235,7 @@ def batch_norm_eval(
     x = validate.array(x, "x")
     axis = validate.axis(axis, x.ndim)
     validate.parameters(params, state, x, axis)
-    validate.epsilon(eps)
+    validate.epsilon(eps, x.dtype)
     config = Config(
         axis=axis,
         activation=validate.activation(activation),
@@ -301,8 +303,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     Raises:
         TypeError: a or b is not Moments.  ValueError: their shapes differ.
     """
-    validate.moments(a)
-    validate.moments(b)
+    validate.moments(a, "a")
+    validate.moments(b, "b")
     validate.same_features(a, b)
     return stats.merge(a, b)
 
@@ -315,7 +317,7 @@ def psum_moments(
     Raises:
         ValueError: axis_name is not bound.
     """
-    validate.moments(m)
+    validate.moments(m, "m")
     validate.mapped_axis(axis_name)
     return stats.psum_moments(m, axis_name, validate.groups(axis_index_groups, axis_name))
 
@@ -343,12 +345,16 @@ def update_state(
     Raises:
         ValueError, TypeError: shapes that differ, or a momentum outside [0, 1].
     """
-    validate.state(state)
-    validate.moments(m)
+    validate.updatable(state)
+    validate.moments(m, "m")
     validate.same_features(state, m)
     validate.update(momentum)
     return running.update(
-        state, m, decay=running.decay(momentum), unbiased=unbiased, skip_nonfinite=skip_nonfinite
+        state,
+        m,
+        decay=running.decay(momentum),
+        unbiased=validate.flag(unbiased, "unbiased"),
+        skip_nonfinite=validate.flag(skip_nonfinite, "skip_nonfinite"),
     )
 
 
@@ -375,8 +381,9 @@ def checked(
     x = validate.array(x, "x")
     axis = validate.axis(axis, x.ndim)
     validate.parameters(params, state, x, axis)
+    validate.updatable(state)
     validate.update(momentum)
-    validate.epsilon(eps)
+    validate.epsilon(eps, x.dtype)
     weights = validate.weights(weights, x)
     validate.mapped_axis(axis_name)
     validate.batch(x, axis, weights, axis_name, virtual_batch_size)
@@ -388,8 +395,8 @@ def checked(
         axis_name=axis_name,
         axis_index_groups=validate.groups(axis_index_groups, axis_name),
         virtual_batch_size=virtual_batch_size,
-        unbiased=unbiased,
-        skip_nonfinite=skip_nonfinite,
+        unbiased=validate.flag(unbiased, "unbiased"),
+        skip_nonfinite=validate.flag(skip_nonfinite, "skip_nonfinite"),
     )
     residual = validate.residual(residual, x)
     return x, {

@@ -1,4 +1,4 @@
-"""`flax.linen.BatchNorm` by jbn: change the import and nothing else."""
+"""A drop-in `flax.linen.BatchNorm`: change the import and nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,25 +17,30 @@ class BatchNorm(nn.BatchNorm):
 
         params/{scale,bias}: param_dtype          batch_stats/{mean,var}: float32
 
-    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized
-        means are weighted by
-    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the
-    statistics alone.
+    It is exact where flax is not. The variance is right when the mean is far larger than the
+    standard deviation. Means over masks and devices are weighted by count. Masked elements have no
+    influence, even if they are NaN. A batch that is masked altogether, or has no examples, leaves
+    the statistics alone.
+
+    Options are checked in the call, and only in a mode that uses them: a model trained under pmap
+    with an axis_name can be evaluated anywhere.
 
     Attributes of flax's that mean something else here:
         use_fast_variance: accepted for compatibility. Both values give the same, stable variance;
             nothing is slower.
-        force_float32_reductions: False stores the statistics in param_dtype; sums are at least
-            float32 either way.
-        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no
-            count.
+        force_float32_reductions: False stores the statistics in param_dtype until x is wider, as
+            flax does; sums are at least float32 either way. True widens narrower statistics to
+            float32 at the first update: in bfloat16 a running average stalls.
+        momentum: in [0, 1]. None (a cumulative average) is refused in training, because flax's
+            variables hold no count.
 
     Attributes that flax's does not have:
-        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are
+        activation: elementwise function, applied last. jax.nn.relu, leaky_relu, silu and gelu are
             fused.
         virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None
             for all.
-        unbiased: keep n / (n - 1) times the variance in batch_stats, as PyTorch does.
+        unbiased: keep n / (n - 1) times the variance in batch_stats, as PyTorch does, where a count
+            n of at least 2 allows it.
         skip_nonfinite: leave batch_stats alone when the batch holds NaN or infinity.
         update_stats: False normalizes by the batch without touching batch_stats, which then need
             not be mutable.
@@ -60,7 +65,9 @@ class BatchNorm(nn.BatchNorm):
         mask: Any = None,
         residual: Array | None = None,
     ) -> Array:
-        """Normalize x; while initializing, nothing is updated and axis_name need not exist.
+        """Normalize x, and update batch_stats unless use_running_average is True.
+
+        While initializing, nothing is updated and axis_name need not exist.
 
         Args:
             x: array of any dtype and rank.
@@ -122,7 +129,7 @@ class BatchRenorm(BatchNorm):
 
 
 def _call(layer, x, use_running_average, *, mask, residual, limits=None):
-    """The body of both modules; a function, as a method would be one more row of nn.tabulate."""
+    """The body of both modules: a function, because nn.tabulate shows a row for each method."""
     use_running_average = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )

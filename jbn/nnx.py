@@ -1,4 +1,4 @@
-"""`flax.nnx.BatchNorm` by jbn: change the import and nothing else."""
+"""A drop-in `flax.nnx.BatchNorm`: change the import and nothing else."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -23,24 +23,30 @@ class BatchNorm(nnx.BatchNorm):
         scale, bias: nnx.Param of shape (num_features,), param_dtype, or nnx.data(None)
         mean, var: nnx.BatchStat, likewise, float32 and never rounded to `dtype`
 
-    Where flax is inexact it is right: the variance survives mean >> std, masked and synchronized
-        means are weighted by
-    count, masked elements are never read (they may be NaN), and an all-masked batch leaves the
-    statistics alone.
+    It is exact where flax is not. The variance is right when the mean is far larger than the
+    standard deviation. Means over masks and devices are weighted by count. Masked elements have no
+    influence, even if they are NaN. A batch that is masked altogether, or has no examples, leaves
+    the statistics alone.
+
+    Options are checked in the call, and only in a mode that uses them: a model trained under pmap
+    with an axis_name can be evaluated anywhere.
 
     Arguments of flax's that mean something else here:
         use_fast_variance: accepted for compatibility. Both values give the same, stable variance;
             nothing is slower.
-        promote_dtype: called as in flax, but the mean and var it returns are not used.
-        momentum: in [0, 1]; None (a cumulative average) is refused, as flax's variables hold no
-            count.
+        dtype: of y. Neither x nor the statistics are rounded to it before the mean is subtracted.
+        promote_dtype: a function other than flax's own is called as in flax, but the mean and var
+            that it returns are not used.
+        momentum: in [0, 1]. None (a cumulative average) is refused in training, because flax's
+            variables hold no count.
 
     Arguments that flax's does not have:
-        activation: elementwise function, applied last; jax.nn.relu, leaky_relu, silu and gelu are
+        activation: elementwise function, applied last. jax.nn.relu, leaky_relu, silu and gelu are
             fused.
         virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None
             for all.
-        unbiased: keep n / (n - 1) times the variance in var, as PyTorch does.
+        unbiased: keep n / (n - 1) times the variance in var, as PyTorch does, where a count n of at
+            least 2 allows it.
         skip_nonfinite: leave mean and var alone when the batch holds NaN or infinity.
         update_stats: False normalizes by the batch without touching mean and var.
         implementation: None to choose, or a name as in `jbn.batch_norm_train`.
@@ -111,7 +117,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: Any = None,
         residual: Array | None = None,
     ) -> Array:
-        """Normalize x.
+        """Normalize x, and update mean and var unless use_running_average is True.
 
         Args:
             x: array of any dtype and rank.
@@ -133,8 +139,8 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average = first_from(
             use_running_average,
             self.use_running_average,
-            error_msg="use_running_average is None, expected a bool: give it to the constructor or to the call, "
-            "or set it by train(), eval() or nnx.view(model, use_running_average=...)",
+            error_msg="use_running_average is None, expected a bool: give it to the constructor or "
+            "to the call, or set it by train(), eval() or nnx.view(model, use_running_average=...)",
         )
         x = jnp.asarray(x)
         state = State(self.mean[...], self.var[...], jnp.zeros((), jnp.int32))
@@ -156,21 +162,18 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
     def _promote(self, x, state):
-        """What promote_dtype makes of x and the parameters, and flax's dtype of y; explicit, so allowed in strict promotion."""
+        """x and the parameters to compute with, and flax's dtype of y."""
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
-        with jax.numpy_dtype_promotion("standard"):
-            promoted, _, _, scale, bias = self.promote_dtype(
+        params = Params(scale, bias)
+        if self.promote_dtype is dtypes.promote_dtype and not jnp.iscomplexobj(x):
+            # Flax's own function only casts. Nothing is rounded before the mean is subtracted.
+            return x, params, flax_common.output_dtype(x, params, self.dtype, *state[:2])
+        with jax.numpy_dtype_promotion("standard"):  # the promotion is asked for
+            x, _, _, scale, bias = self.promote_dtype(
                 (x, state.mean, state.var, scale, bias), dtype=self.dtype
             )
-            widened = jnp.promote_types(x.dtype, promoted.dtype) == promoted.dtype
         params = Params(scale, bias)
-        dtype = flax_common.output_dtype(promoted, params, self.dtype)
-        # Flax's own function only casts. A wider cast changes no value, but would be kept for the
-        # backward pass.
-        only_cast = self.promote_dtype is dtypes.promote_dtype and jnp.issubdtype(
-            x.dtype, jnp.floating
-        )
-        return x if only_cast and widened else promoted, params, dtype
+        return x, params, flax_common.output_dtype(x, params, self.dtype)
 
 
 class BatchRenorm(BatchNorm):
@@ -227,7 +230,10 @@ class BatchRenorm(BatchNorm):
 
 
 def _store(variable, value):
-    """As in flax no gradient flows into the stored statistics. The mean of complex x needs another dtype."""
+    """Store a statistic, through which no gradient flows, as in flax.
+
+    A mean that became complex, or statistics that were widened, change the variable's dtype.
+    """
     value = lax.stop_gradient(value)
     if value.dtype == variable.dtype:
         variable[...] = value

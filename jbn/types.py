@@ -1,8 +1,11 @@
-"""The three pytrees that users hold: what is learned, what is remembered, what one batch says."""
+"""The three pytrees that users hold: what is learned, what is remembered, what one batch says.
+
+`jax.export` can serialize functions that take and return them.
+"""
 
 from typing import NamedTuple
 
-from jax import Array
+from jax import Array, export
 
 
 class Params(NamedTuple):
@@ -23,7 +26,7 @@ class State(NamedTuple):
     Attributes:
         mean: running mean, the shape of the feature axes; float32 (float64 for float64 parameters).
         var: running variance, likewise.
-        count: int32 scalar, the number of batches folded in.
+        count: int32 scalar, the number of batches seen.
     """
 
     mean: Array
@@ -44,3 +47,8 @@ class Moments(NamedTuple):
     count: Array
     mean: Array
     m2: Array
+
+
+# `import jax` has imported jax.export already.
+for _tuple in (Params, State, Moments):
+    export.register_namedtuple_serialization(_tuple, serialized_name=f"jbn.{_tuple.__name__}")

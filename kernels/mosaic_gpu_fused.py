@@ -174,7 +174,7 @@ def fwd_fused(
     )
     params = jnp.stack((scale, bias, jnp.broadcast_to(eps, scale.shape)))
     y, _, _, _, shift, offset, m2 = launch_p.bind(*arrays, params, launch=launch)
-    return y.reshape(x.shape), Stats(jnp.full_like(shift, rows), shift, offset, m2)
+    return y.reshape(x.shape), Stats(jnp.full_like(shift, float(rows)), shift, offset, m2)
 
 
 def bwd_fused(

@@ -263,7 +263,7 @@ def _stacked(vectors, blocks):
 
 def _stats(found, blocks):
     shift, offset, m2 = (v.reshape(-1) for v in found)
-    return Stats(jnp.full_like(shift, blocks.outer * blocks.inner), shift, offset, m2)
+    return Stats(jnp.full_like(shift, float(blocks.outer * blocks.inner)), shift, offset, m2)
 
 
 def _itemsize(*arrays_or_dtypes):

@@ -35,6 +35,7 @@ says where they will run.  They return None if x does not fit:
 d_stats holds the cotangents of the mean and the biased variance of the batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -180,6 +181,17 @@ class BwdApply(NamedTuple):
 def reduced_axes(ndim, axis) -> tuple[int, ...]:
     """All axes but the feature axes."""
     return tuple(a for a in range(ndim) if a not in axis)
+
+
+def num_values(x, axis):
+    """How many values of x each channel has, as a float: an int32 ends at 2^31.
+
+    A dimension that jax.export knows by a symbol only makes it a traced scalar.
+    """
+    number = math.prod(x.shape[a] for a in reduced_axes(x.ndim, axis))
+    if isinstance(number, int):
+        return float(number)
+    return jnp.asarray(number).astype(accumulator(x.dtype))
 
 
 def broadcastable(vectors, ndim, axis):

@@ -6,8 +6,6 @@ nothing else uses it, and common-subexpression elimination makes reductions shar
 prevents the sharing.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -20,6 +18,7 @@ from jbn.kernels.seam import (
     barrier,
     broadcastable,
     is_counted,
+    num_values,
     pre_activation,
     reduced_axes,
     round_shift,
@@ -98,7 +97,7 @@ def bwd_apply(
 def _plain_stats(x, axis):
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
-    count = math.prod(x.shape[a] for a in reduced)
+    count = num_values(x, axis)
     mean = _isolate(1, x).astype(acc).sum(reduced) / count
     square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
     var = square - mean * mean

@@ -20,6 +20,7 @@ from jbn.kernels.seam import (
     accumulator,
     barrier,
     broadcastable,
+    num_values,
     pre_activation,
     reduced_axes,
     round_shift,
@@ -36,7 +37,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
     reduced = reduced_axes(x.ndim, axis)
-    count = math.prod(x.shape[a] for a in reduced)
+    count = num_values(x, axis)
     shift = _near_mean(x, shift, axis)
     centered = x.astype(shift.dtype) - broadcastable(shift, x.ndim, axis)
     total, squares = centered.sum(reduced), jnp.square(centered).sum(reduced)

@@ -21,6 +21,7 @@ from jbn.kernels.seam import (
     accumulator,
     broadcastable,
     is_counted,
+    num_values,
     pre_activation,
     reduced_axes,
     through_activation,
@@ -40,7 +41,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
-    count = x.size // shift.size
+    count = num_values(x, axis)
     # The guess may be anything. NaN, or so large that shift + total / count would be rough, it is
     # worth no more than zero. Inside the branch it would take a pass more there, and the compiler
     # then keeps x on the chip at the cost of y: 105.5 M.

@@ -19,6 +19,7 @@ OPTIONS = [
     {"momentum": 0.5},
     {"momentum": 1.0},
     {"epsilon": 0.1},
+    {"epsilon": 0.0},
     {"use_scale": False},
     {"use_bias": False},
     {"use_scale": False, "use_bias": False},
@@ -51,8 +52,10 @@ BAD_OPTIONS = [
     ({"momentum": None}, ValueError, "momentum is None"),
     ({"momentum": 5.0}, ValueError, "momentum is 5.0"),
     ({"momentum": -0.1}, ValueError, "momentum is -0.1"),
-    ({"epsilon": 0.0}, ValueError, "0.0"),
+    ({"momentum": "0.9"}, TypeError, "momentum is '0.9'"),
+    ({"momentum": jnp.ones(5)}, ValueError, r"momentum has shape \(5,\)"),
     ({"epsilon": -1.0}, ValueError, "-1.0"),
+    ({"epsilon": None}, TypeError, "epsilon is None"),
     ({"implementation": "cudnn"}, ValueError, "cudnn"),
     ({"activation": "relu"}, TypeError, "relu"),
     ({"axis": 4}, ValueError, "axis 4"),
@@ -60,6 +63,20 @@ BAD_OPTIONS = [
     ({"virtual_batch_size": 4}, ValueError, "virtual_batch_size is 4"),
     ({"virtual_batch_size": 2.5}, TypeError, "2.5"),
 ]
+
+# Options that only the statistics of a batch need, and only where they are stored: in inference,
+# and in initialization, they may be anything.
+OF_BATCH_STATISTICS = [
+    {"axis_name": "nowhere"},
+    {"axis_name": ("nowhere", "either"), "axis_index_groups": [[0]]},
+    {"axis_index_groups": "none"},
+    {"virtual_batch_size": 4},
+    {"virtual_batch_size": "all"},
+]
+OF_THE_UPDATE = [{"momentum": None}, {"momentum": 5.0}, {"momentum": "fast"}]
+
+# Shapes without a value, of 4 or of no channels.
+EMPTY = [(0, 4), (2, 0, 4), (8, 0), (0, 0)]
 
 
 def options_id(options):
@@ -78,7 +95,7 @@ def data(shape=SHAPE, dtype=np.float32, seed=0, mean=0.5, std=2.0):
 
 @contextlib.contextmanager
 def strict():
-    """What conftest sets around jbn's own calls, for tests that call flax too (flax needs more lenience)."""
+    """What conftest sets around jbn's own calls, for tests that call flax too."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 

@@ -54,8 +54,8 @@ def moments(x, axis=(-1,), weights=None):
 
 
 def variance(m, unbiased=False):
-    """m2 / count; unbiased: m2 / (count - 1) where more than one was counted."""
-    divisor = np.where(m.count > 1, m.count - 1, m.count) if unbiased else m.count
+    """m2 / count; unbiased: m2 / (count - 1) where at least two were counted."""
+    divisor = np.where(m.count >= 2, m.count - 1, m.count) if unbiased else m.count
     return m.m2 / np.where(m.count > 0, divisor, 1)
 
 

@@ -1,4 +1,7 @@
-"""The error table, one test a line: what came stands in the message, and nothing is changed by a call that raises."""
+"""The error table, one test a line.
+
+The message says what came, and a call that raises changes nothing.
+"""
 # Most calls here are wrong on purpose.
 # pyright: reportArgumentType=false
 
@@ -21,6 +24,20 @@ evaluate = functools.partial(jbn.batch_norm_eval, X, PARAMS, STATE)
 
 def train_x(x, **options):
     return jbn.batch_norm_train(x, PARAMS, STATE, **options)
+
+
+renorm = functools.partial(jbn.batch_renorm_train, X, PARAMS, STATE)
+
+
+def in_groups(groups):
+    """Training with six devices, one row of x each."""
+    step = functools.partial(train_x, axis_name="i", axis_index_groups=groups)
+    return jax.vmap(step, axis_name="i")(X[:, None])
+
+
+def evaluate_narrow(dtype):
+    narrow = STATE._replace(mean=STATE.mean.astype(dtype), var=STATE.var.astype(dtype))
+    return jbn.batch_norm_eval(X, PARAMS, narrow)
 
 
 def train_layer(params=PARAMS, state=STATE):
@@ -94,7 +111,89 @@ TABLE = [
         TypeError,
         ["mean", "int32"],
     ),
-    ("layer of another axis", lambda: train(axis=0), ValueError, ["(4,)", "(6,)"]),
+    ("count None", lambda: train_layer(state=STATE._replace(count=None)), TypeError, ["count"]),
+    (
+        "count a Python int",
+        lambda: train_layer(state=STATE._replace(count=0)),
+        TypeError,
+        ["count is a int (0)", "jnp.asarray(count)"],
+    ),
+    (
+        "count a float",
+        lambda: train_layer(state=STATE._replace(count=jnp.float32(3))),
+        TypeError,
+        ["count", "float32", "int32", "jnp.int32(0)"],
+    ),
+    (
+        "count per feature",
+        lambda: jbn.update_state(STATE._replace(count=jnp.zeros(4, int)), MOMENTS),
+        TypeError,
+        ["count", "(4,)", "jnp.int32(0)"],
+    ),
+    (
+        "mean in bfloat16",
+        lambda: train_layer(state=STATE._replace(mean=jnp.zeros(4, jnp.bfloat16))),
+        TypeError,
+        ["mean", "bfloat16", "astype(jnp.float32)"],
+    ),
+    (
+        "var in float16",
+        lambda: jbn.update_state(STATE._replace(var=jnp.ones(4, jnp.float16)), MOMENTS),
+        TypeError,
+        ["var", "float16", "astype(jnp.float32)"],
+    ),
+    ("mean None", lambda: train_layer(state=STATE._replace(mean=None)), TypeError, ["mean"]),
+    (
+        "var of another size than mean",
+        lambda: jbn.update_state(STATE._replace(var=jnp.ones(3)), MOMENTS),
+        ValueError,
+        ["var", "(3,)", "(4,)"],
+    ),
+    ("m2 None", lambda: jbn.update_state(STATE, MOMENTS._replace(m2=None)), TypeError, ["m.m2"]),
+    (
+        "m2 of another size",
+        lambda: jbn.update_state(STATE, MOMENTS._replace(m2=jnp.ones(3))),
+        ValueError,
+        ["m.m2", "(3,)", "(4,)"],
+    ),
+    (
+        "count of moments a scalar",
+        lambda: jbn.merge_moments(MOMENTS, MOMENTS._replace(count=jnp.float32(6))),
+        ValueError,
+        ["b.count", "()", "(4,)"],
+    ),
+    (
+        "count of moments an integer",
+        lambda: jbn.merge_moments(MOMENTS._replace(count=jnp.full(4, 6)), MOMENTS),
+        TypeError,
+        ["a.count", "int32", "astype"],
+    ),
+    (
+        "mean of moments a float",
+        lambda: jbn.update_state(STATE, MOMENTS._replace(mean=0.5)),
+        TypeError,
+        ["m.mean", "0.5"],
+    ),
+    ("scale a float", lambda: train_layer(PARAMS._replace(scale=1.0)), TypeError, ["scale", "1.0"]),
+    ("layer of another axis", lambda: train(axis=0), ValueError, ["(4,)", "(6,)", "use axis=1"]),
+    (
+        "channels first without axis",
+        lambda: train_x(jnp.ones((2, 4, 8, 8))),
+        ValueError,
+        ["scale has shape (4,)", "(8,)", "use axis=1"],
+    ),
+    (
+        "channels first without axis in eval",
+        lambda: jbn.batch_norm_eval(jnp.ones((4, 8)), PARAMS, STATE),
+        ValueError,
+        ["use axis=0"],
+    ),
+    (
+        "two feature axes without axis",
+        lambda: jbn.batch_norm_train(jnp.ones((2, 3, 5, 7)), *jbn.init((3, 5))),
+        ValueError,
+        ["(3, 5)", "use axis=(1, 2)"],
+    ),
     ("params a tuple", lambda: train_layer(tuple(PARAMS)), TypeError, ["tuple", "jbn.init"]),
     ("params a dict", lambda: train_layer({"scale": 1}), TypeError, ["dict", "{'scale': 1}"]),
     (
@@ -125,6 +224,54 @@ TABLE = [
     ("eps negative", lambda: train(eps=-1e-3), ValueError, ["-0.001"]),
     ("eps nan in eval", lambda: evaluate(eps=float("nan")), ValueError, ["nan"]),
     ("eps None", lambda: train(eps=None), TypeError, ["None"]),
+    ("eps 0 in float32", lambda: train(eps=1e-46), ValueError, ["1e-46", "float32", "1e-5"]),
+    ("eps subnormal in float32", lambda: evaluate(eps=1e-40), ValueError, ["1e-40", "float32"]),
+    ("eps per feature", lambda: train(eps=np.full(4, 1e-5)), ValueError, ["(4,)", "scalar"]),
+    ("eps of one element", lambda: evaluate(eps=jnp.ones(1)), ValueError, ["(1,)", "scalar"]),
+    ("eps a number in a string", lambda: train(eps="1e-5"), TypeError, ["'1e-5'", "number"]),
+    ("eps a bool", lambda: evaluate(eps=True), TypeError, ["True", "number"]),
+    ("eps complex", lambda: train(eps=1e-5 + 0j), TypeError, ["(1e-05+0j)", "number"]),
+    ("eps an array of bools", lambda: train(eps=jnp.array(True)), TypeError, ["number"]),
+    (
+        "eps per feature, traced",
+        lambda: jax.jit(lambda eps: train(eps=eps))(jnp.ones(4)),
+        ValueError,
+        ["eps", "(4,)", "scalar"],
+    ),
+    ("momentum per feature", lambda: train(momentum=jnp.ones(4)), ValueError, ["(4,)", "scalar"]),
+    (
+        "momentum per feature, traced",
+        lambda: jax.jit(lambda m: jbn.update_state(STATE, MOMENTS, momentum=m))(jnp.ones(4)),
+        ValueError,
+        ["momentum", "(4,)", "scalar"],
+    ),
+    (
+        "momentum complex, traced",
+        lambda: jax.jit(lambda momentum: train(momentum=momentum))(1j),
+        TypeError,
+        ["momentum", "number"],
+    ),
+    ("momentum a number in a string", lambda: train(momentum="0.9"), TypeError, ["'0.9'"]),
+    ("momentum a list", lambda: train(momentum=[0.9]), TypeError, ["[0.9]", "list"]),
+    ("momentum a bool", lambda: train(momentum=False), TypeError, ["False", "number"]),
+    ("momentum too large", lambda: train(momentum=10**400), ValueError, ["momentum"]),
+    ("r_max in a string", lambda: renorm(r_max="3", d_max=5), TypeError, ["r_max", "'3'"]),
+    ("r_max per feature", lambda: renorm(r_max=jnp.ones(4), d_max=5), ValueError, ["(4,)"]),
+    ("d_max None", lambda: renorm(r_max=3, d_max=None), TypeError, ["d_max", "None"]),
+    ("d_max negative", lambda: renorm(r_max=3, d_max=-1), ValueError, ["d_max is -1"]),
+    ("unbiased a word", lambda: train(unbiased="yes"), TypeError, ["unbiased", "'yes'"]),
+    (
+        "skip_nonfinite traced",
+        lambda: jax.jit(lambda skip: train(skip_nonfinite=skip))(True),
+        TypeError,
+        ["skip_nonfinite", "before tracing"],
+    ),
+    (
+        "unbiased a word in update_state",
+        lambda: jbn.update_state(STATE, MOMENTS, unbiased="no"),
+        TypeError,
+        ["unbiased", "'no'"],
+    ),
     (
         "weights of another batch",
         lambda: train(weights=jnp.ones((5, 1))),
@@ -208,6 +355,24 @@ TABLE = [
         ["[[0, 1]]"],
     ),
     ("integer dtype", lambda: train(dtype=jnp.int32), TypeError, ["int32"]),
+    ("dtype unknown", lambda: train(dtype="banana"), TypeError, ["'banana'", "jnp.float32"]),
+    ("dtype a number", lambda: evaluate(dtype=32), TypeError, ["32", "jnp.float32"]),
+    ("param_dtype None", lambda: jbn.init(4, param_dtype=None), TypeError, ["None"]),
+    ("param_dtype unknown", lambda: jbn.init(4, param_dtype="b16"), TypeError, ["'b16'"]),
+    ("axis_name a list", lambda: train(axis_name=["i"]), TypeError, ["['i']", "tuple"]),
+    ("axis_name a dict", lambda: train(axis_name={"i": 1}), TypeError, ["{'i': 1}"]),
+    ("axis_name of a list", lambda: train(axis_name=("i", [])), TypeError, ["('i', [])"]),
+    (
+        "axis_name an int",
+        lambda: jax.vmap(lambda x: train_x(x, axis_name=3), axis_name=3)(X[:, None]),
+        TypeError,
+        ["3", "position"],
+    ),
+    ("groups a number", lambda: in_groups(2), TypeError, ["axis_index_groups is 2", "[[0, 1]"]),
+    ("groups of floats", lambda: in_groups([[0.0, 1.0]]), TypeError, ["[[0.0, 1.0]]"]),
+    ("groups not nested", lambda: in_groups([0, 1]), TypeError, ["[0, 1]"]),
+    ("groups that leave one out", lambda: in_groups([[0, 1, 2]]), ValueError, ["0 to 5"]),
+    ("groups that overlap", lambda: in_groups([[0, 1, 2], [2, 3, 4, 5]]), ValueError, ["0 to 5"]),
     ("integer dtype in eval", lambda: evaluate(dtype=bool), TypeError, ["bool"]),
     ("features zero", lambda: jbn.init(0), ValueError, ["0"]),
     ("features negative", lambda: jbn.init((3, -2)), ValueError, ["(3, -2)"]),
@@ -305,6 +470,14 @@ ALLOWED = [
     ),
     ("momentum 0", lambda: train(momentum=0)[1].mean, MOMENTS.mean),
     ("momentum 1", lambda: train(momentum=1)[1].mean, STATE.mean),
+    ("momentum a NumPy scalar", lambda: train(momentum=np.float64(0))[1].mean, MOMENTS.mean),
+    ("no features", lambda: jbn.moments(jnp.ones((8, 0))).mean, jnp.zeros(0)),
+    ("no features, no values", lambda: jbn.moments(jnp.ones((0, 0))).m2, jnp.zeros(0)),
+    (
+        "a narrow state in eval",
+        lambda: evaluate_narrow(jnp.bfloat16),
+        jbn.batch_norm_eval(X, PARAMS, STATE),
+    ),
 ]
 
 
@@ -317,3 +490,12 @@ def test_the_edge_of_an_error_is_allowed(call, expected):
     np.testing.assert_allclose(
         call(), np.broadcast_to(expected, call().shape), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.x64
+def test_eps_is_compared_with_the_dtype_of_the_statistics():
+    x = jnp.asarray(X, jnp.float64)
+    y, _ = jbn.batch_norm_train(x, *jbn.init(4), eps=1e-50)
+    np.testing.assert_allclose(np.std(y, 0), 1, rtol=1e-12)
+    with pytest.raises(ValueError, match="1e-310"):
+        jbn.batch_norm_train(x, *jbn.init(4), eps=1e-310)

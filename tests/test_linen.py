@@ -1,4 +1,4 @@
-"""`jbn.linen.BatchNorm` against `flax.linen.BatchNorm` where flax is right, and against the oracle where it is not."""
+"""`jbn.linen.BatchNorm` against flax's where flax is right, against the oracle where it is not."""
 
 import dataclasses
 import functools
@@ -17,7 +17,10 @@ from flax import serialization
 from flax_cases import (
     BAD_OPTIONS,
     DTYPES,
+    EMPTY,
     MASKS,
+    OF_BATCH_STATISTICS,
+    OF_THE_UPDATE,
     OPTIONS,
     SHAPE,
     close,
@@ -26,6 +29,7 @@ from flax_cases import (
     same,
     strict,
 )
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
@@ -35,7 +39,7 @@ KEY = jax.random.key(0)
 
 
 def train(layer, variables, x, **call):
-    """y, updated statistics, and the gradients of a sum over both with respect to x, params and old statistics."""
+    """y, updated statistics, and gradients with respect to x, params and the old statistics."""
 
     def loss(x, params, batch_stats):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -100,7 +104,7 @@ def test_dtypes_are_flax_s(x_dtype, dtype, param_dtype, use_scale):
 @pytest.mark.x64
 @pytest.mark.parametrize(("x_dtype", "dtype"), [(np.float64, None), (np.float32, np.float64)])
 def test_float64(x_dtype, dtype):
-    """flax lets float64 into batch_stats, here they keep their dtype; y is float64 to the last digits."""
+    """flax lets float64 into batch_stats, here they keep their dtype; y is float64."""
     x = data(dtype=x_dtype)
     layers = [cls(use_running_average=False, dtype=dtype) for cls in (BatchNorm, nn.BatchNorm)]
     (ours, our_new), (theirs, their_new) = [layer.init_with_output(KEY, x) for layer in layers]
@@ -262,21 +266,134 @@ def test_initialization_updates_nothing_and_needs_no_axis():
     np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(5))
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_force_float32_reductions_decides_only_how_statistics_are_stored(train, param_dtype):
-    options = {"param_dtype": param_dtype, "dtype": jnp.float32, "momentum": 0.5}
+@pytest.mark.third_party
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_statistics_are_stored_in_flax_s_dtype(stored, x_dtype, force):
+    """Float32, whatever they came in; only if asked for by name, x's narrower dtype."""
+    x = data(mean=3.0, dtype=x_dtype)
+    options = {"force_float32_reductions": force, "param_dtype": jnp.bfloat16, "momentum": 0.5}
+    ours, theirs = (cls(use_running_average=False, **options) for cls in (BatchNorm, nn.BatchNorm))
+    same(init(ours, x), init(theirs, x))
+    variables = jax.tree.map(lambda v: v.astype(stored), init(theirs, x))
+    with strict():
+        _, got = ours.apply(variables, x, mutable=["batch_stats"])
+    expected = theirs.apply(variables, x, mutable=["batch_stats"])[1]
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
+    near = functools.partial(np.testing.assert_allclose, rtol=2.0**-7)  # flax sums in bfloat16
+    wide = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float32))
+    jax.tree.map(near, wide(got), wide(expected))
+
+
+def test_a_running_average_of_a_narrow_tree_does_not_stall():
+    """In bfloat16 the mean would stop at 2.56."""
+    x = jnp.full((4, 3), 3.0, jnp.bfloat16)
+    layer = BatchNorm(use_running_average=False)
+    variables = jax.tree.map(lambda v: v.astype(jnp.bfloat16), layer.init(KEY, x))
+    apply = jax.jit(lambda v: layer.apply(v, x, mutable=["batch_stats"])[1])
+    for _ in range(600):
+        variables = {**variables, **apply(variables)}
+    np.testing.assert_allclose(variables["batch_stats"]["mean"], 3 * (1 - 0.99**600), rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [*OF_BATCH_STATISTICS, *OF_THE_UPDATE], ids=str)
+def test_options_are_not_checked_where_they_are_not_used(options):
     x = data(mean=3.0)
-    layer = BatchNorm(force_float32_reductions=False, **options)
+    layer, plain = BatchNorm(**options), BatchNorm()
     variables = layer.init(KEY, x, False)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(param_dtype)}
-    y, new = layer.apply(variables, x, not train, mutable=["batch_stats"])
-    default = BatchNorm(**options)
-    expected, expected_new = default.apply(
-        default.init(KEY, x, False), x, not train, mutable=["batch_stats"]
-    )
-    np.testing.assert_array_equal(y, expected)
-    same(new, jax.tree.map(lambda v: v.astype(param_dtype), expected_new))
+    same(variables, plain.init(KEY, x, False))
+    same(layer.apply(variables, x, True), plain.apply(variables, x, True))
+    if options in OF_THE_UPDATE:  # nothing is updated
+        frozen = BatchNorm(use_running_average=False, update_stats=False, **options)
+        expected, _ = plain.apply(variables, x, False, mutable=["batch_stats"])
+        same(frozen.apply(variables, x), expected)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"virtual_batch_size": 2, "dtype": jnp.bfloat16, "activation": jnp.tanh}],
+    ids=options_id,
+)
+def test_no_examples(shape, use_running_average, options):
+    x = jnp.zeros(shape)
+    layer = BatchNorm(use_running_average=use_running_average, **options)
+    variables = layer.init(KEY, x)
+
+    def apply(x, params):
+        return layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+
+    y, new = apply(x, variables["params"])
+    assert (y.shape, y.dtype) == (shape, options.get("dtype", jnp.float32))
+    same(new, {"batch_stats": variables["batch_stats"]})
+    total = lambda x, params: jnp.sum(apply(x, params)[0].astype(jnp.float32))
+    dx, dparams = jax.grad(total, (0, 1))(x, variables["params"])
+    assert dx.shape == shape
+    same(dparams, jax.tree.map(jnp.zeros_like, variables["params"]))
+
+
+def test_no_examples_across_an_axis():
+    x = jnp.zeros((2, 0, 4))
+    layer = BatchNorm(use_running_average=False, axis_name="batch", activation=jax.nn.relu)
+    variables = layer.init(KEY, x[0])
+    apply = lambda x: layer.apply(variables, x, mutable=["batch_stats"])
+    y, new = jax.vmap(apply, axis_name="batch", out_axes=(0, None))(x)
+    assert y.shape == x.shape
+    same(new, {"batch_stats": variables["batch_stats"]})
+
+
+@pytest.mark.third_party
+def test_trained_under_pmap_and_evaluated_anywhere():
+    """The layers of flax's imagenet example name an axis that only its training step has."""
+    x = data((8, 4, 5), mean=2.0)
+
+    def trained(cls):
+        layer = cls(axis_name="batch", momentum=0.9)
+        variables = layer.init(KEY, x[0], False)
+
+        @functools.partial(jax.pmap, axis_name="batch")
+        def step(variables, x):
+            _, new = layer.apply(variables, x, False, mutable=["batch_stats"])
+            return {**variables, **new}
+
+        replicated = jax.tree.map(lambda v: jnp.stack([v] * 8), variables)
+        variables = jax.tree.map(lambda v: v[0], step(replicated, x))
+        return variables, layer.apply(variables, x[0], True)
+
+    close(trained(BatchNorm), trained(nn.BatchNorm))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("shard_map", AxisType.Auto),
+        ("shard_map unchecked", AxisType.Auto),
+        ("pmap", AxisType.Auto),
+        ("pmap", AxisType.Explicit),
+    ],
+)
+def test_variables_on_a_mesh_closed_over(how, kind):
+    """In shard_map, JAX refuses every array of an Explicit mesh that is closed over."""
+    x = data((8, 4, 5))
+    layer = BatchNorm(use_running_average=True, axis_name="batch", activation=jax.nn.relu)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
+    variables = layer.init(KEY, x[0])
+    placed = jax.device_put(variables, NamedSharding(mesh, P()))
+    apply = lambda x: layer.apply(placed, x)
+    if how == "pmap":
+        y = jax.pmap(apply, axis_name="batch")(x)
+    else:
+        x = jax.device_put(x, NamedSharding(mesh, P("batch")))
+        y = jax.shard_map(
+            apply,
+            mesh=mesh,
+            in_specs=P("batch"),
+            out_specs=P("batch"),
+            check_vma=how == "shard_map",
+        )(x)
+    np.testing.assert_allclose(y, layer.apply(variables, np.asarray(x)), rtol=1e-6)
 
 
 def test_use_running_average_is_merged_as_in_flax():
@@ -666,7 +783,8 @@ def test_training_ends_where_flax_s_does():
 
 def test_importing_jbn_does_not_import_flax_and_offers_the_modules():
     code = (
-        "import sys, jbn; assert 'flax' not in sys.modules; jbn.linen.BatchNorm; jbn.nnx.BatchNorm; "
+        "import sys, jbn; assert 'flax' not in sys.modules; "
+        "jbn.linen.BatchNorm; jbn.nnx.BatchNorm; "
         "from jbn import linen; assert not hasattr(jbn, 'keras')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,4 +1,7 @@
-"""Batch normalization of complex x, in plain JAX: the mean is complex, the variance E|x - mean|^2 is real."""
+"""Batch normalization of complex x, in plain JAX.
+
+The mean is complex, the variance E|x - mean|^2 is real.
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -8,6 +11,7 @@ from jbn.types import Moments, State
 
 
 def any_complex(*values):
+    """Whether any of these arrays or dtypes is complex."""
     return any(
         v is not None and jnp.issubdtype(getattr(v, "dtype", v), jnp.complexfloating)
         for v in values
@@ -18,7 +22,8 @@ def evaluate(x, params, state, *, config, eps, residual):
     """`layer.evaluate` in plain JAX."""
     if config.implementation not in (None, "xla"):
         raise NotImplementedError(
-            f"implementation {config.implementation!r} does not take complex values, expected None or 'xla'"
+            f"implementation {config.implementation!r} does not take complex values, "
+            "expected None or 'xla'"
         )
     wide = (
         jnp.complex128
@@ -36,14 +41,15 @@ def evaluate(x, params, state, *, config, eps, residual):
 
 
 def train(x, params, state, *, config, momentum, eps, weights, residual, **limits):
-    """`layer.train` in plain JAX. The mean is complex; the variance is E|x - mean|^2, real."""
+    """`layer.train` in plain JAX."""
     if limits:
         raise NotImplementedError(
             f"batch renormalization does not take complex values, x is {x.dtype}"
         )
     if config.virtual_batch_size is not None:
         raise NotImplementedError(
-            f"virtual_batch_size {config.virtual_batch_size} does not take complex values, expected None"
+            f"virtual_batch_size {config.virtual_batch_size} does not take complex values, "
+            "expected None"
         )
     parts = [layer.moments(part, axis=config.axis, weights=weights) for part in (x.real, x.imag)]
     if config.axis_name is not None:
@@ -52,7 +58,7 @@ def train(x, params, state, *, config, momentum, eps, weights, residual, **limit
         ]
     real, imag = parts
     batch = Moments(real.count, lax.complex(real.mean, imag.mean), real.m2 + imag.m2)
-    if weights is not None:  # as everywhere: what is masked and not finite is read as the mean
+    if weights is not None:  # a masked element that is not finite is read as the mean
         mean = jnp.expand_dims(batch.mean, tuple(a for a in range(x.ndim) if a not in config.axis))
         x = jnp.where(~weights & ~jnp.isfinite(x), mean.astype(x.dtype), x)
     used = State(batch.mean, stats.variance(batch), state.count)
@@ -67,7 +73,10 @@ def train(x, params, state, *, config, momentum, eps, weights, residual, **limit
 
 
 def _update(state, batch, *, momentum, **options):
-    """`update_state` with both parts of the mean side by side, so that a batch is accepted or refused as a whole."""
+    """`update_state` with both parts of the mean side by side.
+
+    So a batch that is not finite is refused as a whole.
+    """
     twice = lambda v: jnp.stack([v, v])
     parts = lambda v: jnp.stack([v.real, v.imag])
     old = State(parts(state.mean), twice(state.var.real), state.count)

@@ -1,4 +1,4 @@
-"""What the two Flax modules share: from a layer's options, parameters and statistics to the functional core."""
+"""What the two Flax modules share: the way from a layer's options to the functional core."""
 
 import math
 from collections.abc import Iterable
@@ -12,19 +12,27 @@ from jax import Array
 from jbn.core import complex_numbers, renorm, validate
 from jbn.core import layer as core
 from jbn.core.config import Config
+from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
 
 
 def feature_axes(axis: int | Iterable[int], ndim: int) -> tuple[int, ...]:
     """Flax's rule: non-negative, ascending, each once; () makes the whole array one feature."""
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    return validate.axis(tuple({a + ndim if a < 0 else a for a in axes}), ndim) if axes else ()
+    axes = tuple(axis) if isinstance(axis, Iterable) and not isinstance(axis, str) else (axis,)
+    if not axes:
+        return ()
+    return validate.axis(
+        tuple({a + ndim if isinstance(a, int) and a < 0 else a for a in axes}), ndim
+    )
 
 
-def output_dtype(x: Array, params: Params, dtype: Any) -> Any:
-    """Flax's rule: `dtype`, or what x, scale and bias promote to; under strict promotion too, as the rule is explicit."""
+def output_dtype(x: Array, params: Params, dtype: Any, *others: Array) -> Any:
+    """Flax's rule: `dtype`, or what x, scale, bias (in nnx the statistics too) promote to.
+
+    The rule is explicit, so it is the same under strict promotion.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.dtype(canonicalize_dtype(x, params.scale, params.bias, dtype=dtype))
+        return jnp.dtype(canonicalize_dtype(x, params.scale, params.bias, *others, dtype=dtype))
 
 
 def batch_norm(
@@ -42,6 +50,8 @@ def batch_norm(
 ) -> tuple[Array, State]:
     """The call of all modules, so that linen's and nnx's agree to the last bit.
 
+    An option is read, and checked, only in the mode that uses it.
+
     Args:
         layer: the module, for its options.
         x: array of any dtype and rank; what is not inexact is computed in float32.
@@ -49,88 +59,110 @@ def batch_norm(
         state: the running statistics, likewise.
         use_running_average: normalize by the state and keep it, instead of by the batch.
         dtype: of y.
-        initializing: then neither axis_name nor virtual_batch_size apply.
+        initializing: normalize by the batch, without axis_name and virtual_batch_size, and keep
+            the state.
         mask: bool, broadcastable to x.
         residual: array like x.
         limits: r_max and d_max, for batch renormalization.
 
     Returns:
-        (y, state): y has the shape of x; the state has the shapes and dtypes of the one given,
-        except that the mean of complex x is complex.
+        (y, state): y has the shape of x. The state is the one given, unless the batch updates it:
+        then it has the same shapes and at least float32, and the mean of complex x is complex.
 
     Raises:
         ValueError, TypeError: an option out of range, arrays that do not fit x.
         NotImplementedError: virtual batches, renormalization or a kernel for complex x; virtual
             batches in renormalization; an implementation that cannot run here.
     """
-    _check(layer, limits)
-    config = _config(layer, x, dtype, initializing)
+    validate.flax_epsilon(layer.epsilon)
+    config = Config(
+        axis=feature_axes(layer.axis, x.ndim),
+        activation=validate.activation(layer.activation),
+        dtype=dtype,
+        implementation=validate.implementation(layer.implementation),
+    )
     x = _computable(x, dtype)
     features = tuple(x.shape[a] for a in config.axis)
-    params, old = jax.tree.map(lambda v: _fit(v, features), (params, state))
-    if complex_numbers.any_complex(x, dtype, *params, state.mean):
-        train, evaluate = complex_numbers.train, complex_numbers.evaluate
-    else:
-        train, evaluate = core.train if limits is None else renorm.train, core.evaluate
+    params, old = jax.tree.map(lambda v: _shaped(v, features), (params, state))
+    is_complex = complex_numbers.any_complex(x, dtype, *params, state.mean)
+    if not is_complex:
         validate.parameters(params, old, x, config.axis)
         residual = validate.residual(residual, x)
     if use_running_average:
+        evaluate = complex_numbers.evaluate if is_complex else core.evaluate
         return evaluate(x, params, old, config=config, eps=layer.epsilon, residual=residual), state
-    weights = None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x)
-    if config.virtual_batch_size is not None:
-        validate.batch(x, config.axis, weights, config.axis_name, config.virtual_batch_size)
-    options = {
-        "momentum": layer.momentum,
-        "eps": layer.epsilon,
-        "weights": weights,
-        "residual": residual,
+    if not initializing:
+        config = _synchronized(layer, config, x)
+    momentum, updates = 1.0, layer.update_stats and not initializing
+    if updates:
+        momentum = _momentum(layer.momentum)
+        config = config._replace(unbiased=layer.unbiased, skip_nonfinite=layer.skip_nonfinite)
+        old = old._replace(mean=_widened(layer, old.mean, x), var=_widened(layer, old.var, x))
+    if limits is not None:
+        validate.limits(**limits)
+        if config.virtual_batch_size is not None:
+            raise NotImplementedError(
+                f"virtual_batch_size is {config.virtual_batch_size}, expected None: "
+                "batch renormalization is for batches that are small already"
+            )
+    train = complex_numbers.train if is_complex else core.train if limits is None else renorm.train
+    y, new = train(
+        x,
+        params,
+        old,
+        config=config,
+        momentum=momentum,
+        eps=layer.epsilon,
+        weights=None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x),
+        residual=residual,
         **(limits or {}),
-    }
-    y, new = train(x, params, old, config=config, **options)
+    )
+    if not updates:
+        return y, state
     return y, State(new.mean.reshape(state.mean.shape), new.var.reshape(state.var.shape), new.count)
 
 
-def _check(layer, limits):
-    """Reject the options that no input could make right."""
-    if limits is not None:
-        validate.limits(**limits)
-        if layer.virtual_batch_size is not None:
-            raise NotImplementedError(
-                f"virtual_batch_size is {layer.virtual_batch_size}, expected None: batch renormalization is for batches that "
-                "are small already"
-            )
-    if layer.momentum is None:
-        raise ValueError(
-            "momentum is None, expected 0 <= momentum <= 1: Flax's variables hold no count of batches to average over, "
-            "use jbn.batch_norm_train for that"
-        )
-    validate.update(layer.momentum)
-    validate.epsilon(layer.epsilon)
-    validate.activation(layer.activation)
-    validate.implementation(layer.implementation)
-
-
-def _config(layer, x, dtype, initializing):
-    axis_name = None if initializing else layer.axis_name
+def _synchronized(layer, config, x):
+    """The config with what decides over which examples the statistics of a batch are taken."""
+    axis_name = layer.axis_name
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     validate.mapped_axis(axis_name)
-    return Config(
-        axis=feature_axes(layer.axis, x.ndim),
-        activation=layer.activation,
-        dtype=dtype,
-        implementation=layer.implementation,
+    size = layer.virtual_batch_size
+    return config._replace(
         axis_name=axis_name,
         axis_index_groups=None
         if axis_name is None
         else validate.groups(layer.axis_index_groups, axis_name),
-        virtual_batch_size=None if initializing else layer.virtual_batch_size,
-        unbiased=layer.unbiased,
-        skip_nonfinite=layer.skip_nonfinite,
+        virtual_batch_size=None if size is None else validate.virtual_batch(size, x, config.axis),
     )
 
 
-def _fit(vector, features):
-    """nnx holds one flat vector, whatever number of feature axes; what does not fit is left to the checks."""
+def _momentum(momentum):
+    if momentum is None:
+        raise ValueError(
+            "momentum is None, expected 0 <= momentum <= 1: Flax's variables hold no count of "
+            "batches to average over, use jbn.batch_norm_train for that"
+        )
+    validate.update(momentum)
+    return momentum
+
+
+def _widened(layer, statistic, x):
+    """A statistic in the dtype that flax stores: float32 if it was narrower (and x is, if told so).
+
+    In bfloat16 a running average stalls: with a momentum of 0.99, at 2.56 where 3 is true.
+    """
+    force = getattr(layer, "force_float32_reductions", True)
+    least = jnp.float32 if force or accumulator(x.dtype) == x.dtype else x.dtype
+    with jax.numpy_dtype_promotion("standard"):
+        return statistic.astype(jnp.promote_types(statistic.dtype, least))
+
+
+def _shaped(vector, features):
+    """A vector in the shape of the feature axes: nnx holds it flat, however many there are.
+
+    A vector that does not fit stays as it is, and is left to the checks.
+    """
     return (
         vector.reshape(features) if vector.size == math.prod(features) and vector.ndim else vector
     )

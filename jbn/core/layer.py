@@ -29,6 +29,8 @@ def train(
     residual: Array | None = None,
 ) -> tuple[Array, State]:
     """`batch_norm_train` without the checks."""
+    if x.size == 0:  # nothing to normalize and nothing to learn from
+        return x.astype(config.dtype), state
     fused, after = split_activation(config)
     decay = running.decay(momentum)
     y, new_state = _train(x, params, state, decay, eps, weights, residual, config=fused)
@@ -45,6 +47,8 @@ def evaluate(
     residual: Array | None = None,
 ) -> Array:
     """`batch_norm_eval` without the checks."""
+    if x.size == 0:
+        return x.astype(config.dtype)
     fused, after = split_activation(config)
     y = _evaluate(x, params, state, eps, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype)
@@ -64,7 +68,7 @@ def split_activation(config: Config):
 @functools.partial(jax.jit, static_argnames="config")
 def _train(x, params, state, decay, eps, weights, residual, *, config):
     operands = _operands(x, params, eps, residual, config)
-    weights = None if weights is None else lax.stop_gradient(weights)
+    weights, _ = stats.rescale(weights, config.axis, config.axis_name)
     guess = lax.stop_gradient(state.mean.astype(operands.scale.dtype))
     operands, weights, guess = sharding.vary_alike((operands, weights, guess))
     batch_norm = autodiff if config.virtual_batch_size is None else ghost
@@ -85,9 +89,14 @@ def _evaluate(x, params, state, eps, residual, *, config):
 @functools.partial(jax.jit, static_argnames="axis")
 def moments(x: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Moments:
     """The moments of x, over all devices but those of manual axes."""
-    guess = jnp.zeros(tuple(x.shape[a] for a in axis), accumulator(x.dtype))
-    x, guess, weights = sharding.vary_alike((x, guess, weights))
-    return stats.as_moments(op.fwd_stats(Config(axis, None, x.dtype), x, guess, weights))
+    features, dtype = tuple(x.shape[a] for a in axis), accumulator(x.dtype)
+    if x.size == 0:
+        return Moments(*(jnp.zeros(features, dtype),) * 3)
+    weights, unit = stats.rescale(weights, axis)
+    x, guess, weights = sharding.vary_alike((x, jnp.zeros(features, dtype), weights))
+    count, mean, m2 = stats.as_moments(op.fwd_stats(Config(axis, None, x.dtype), x, guess, weights))
+    unit = jnp.broadcast_to(unit, features).astype(dtype)
+    return Moments(count * unit, mean, m2 * unit)
 
 
 def _operands(x, params, eps, residual, config):

@@ -16,6 +16,8 @@ def train(
     x, params, state, *, config: Config, r_max, d_max, momentum, eps, weights=None, residual=None
 ) -> tuple[Array, State]:
     """`batch_renorm_train` without the checks, for the modules."""
+    if x.size == 0:
+        return x.astype(config.dtype), state
     fused, after = layer.split_activation(config)
     y, new_state = _train(
         x,
@@ -36,6 +38,7 @@ def train(
 # and no collective.
 @functools.partial(jax.jit, static_argnames="config")
 def _train(x, params, state, r_max, d_max, decay, eps, weights, residual, *, config):
+    weights, _ = stats.rescale(weights, config.axis, config.axis_name)
     r, d = _correction(x, state, r_max, d_max, eps, weights, config)
     scale = r if params.scale is None else params.scale.astype(r.dtype) * r
     shift = d if params.scale is None else params.scale.astype(d.dtype) * d

@@ -1,7 +1,9 @@
-"""Folding the moments of a batch into the running state."""
+"""How the moments of a batch enter the running state."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,7 +14,11 @@ from jbn.types import Moments, State
 
 
 class Decay(NamedTuple):
-    """Weights of the old and of the new value; 1 - 0.99 is taken before anything is rounded to float32."""
+    """Weights of the old and of the new value.
+
+    1 - momentum is computed in Python floats where it can be: in float32, 1 - 0.9999 is off by
+    3e-4 of itself.
+    """
 
     old: float | Array
     new: float | Array
@@ -25,6 +31,8 @@ def decay(momentum: float | Array | Decay | None) -> Decay | None:
     return Decay(momentum, 1 - momentum)
 
 
+# Under jit, because JAX moves a state to a mesh only there.
+@functools.partial(jax.jit, static_argnames=("unbiased", "skip_nonfinite"))
 def update(
     state: State, m: Moments, *, decay: Decay | None, unbiased: bool, skip_nonfinite: bool
 ) -> State:
@@ -41,7 +49,10 @@ def update(
     accepted = (m.count > 0).any()
     if skip_nonfinite:
         accepted = accepted & jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
-    m = split_alike(m, state.mean, tuple(range(state.mean.ndim)))
+    # On an explicit mesh the moments go where the state is; a state on no mesh yet goes to them.
+    axes = tuple(range(state.mean.ndim))
+    m = split_alike(m, state.mean, axes)
+    m, mean, var = split_alike((m, state.mean, state.var), m.mean, axes)
     counted = m.count > 0
 
     def average(old, new):
@@ -49,7 +60,7 @@ def update(
         return jnp.where(counted & accepted, mixed.astype(old.dtype), old)
 
     return State(
-        mean=average(state.mean, m.mean),
-        var=average(state.var, stats.variance(m, unbiased=unbiased)),
+        mean=average(mean, m.mean),
+        var=average(var, stats.variance(m, unbiased=unbiased)),
         count=state.count + accepted.astype(state.count.dtype),
     )

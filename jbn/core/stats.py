@@ -1,22 +1,19 @@
 """Moments of an array, and how the moments of parts become those of the whole."""
 
-import math
 from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn.core.sharding import varying
-from jbn.kernels.seam import Stats, accumulator, reduced_axes, round_shift
+from jbn.kernels.seam import Stats, accumulator, num_values, reduced_axes, round_shift
 from jbn.types import Moments
 
 
 def count(x: Array, axis: tuple[int, ...]) -> Array:
     """How many values of x each feature has."""
     shape = tuple(x.shape[a] for a in axis)
-    number = math.prod(x.shape[a] for a in reduced_axes(x.ndim, axis))
-    number = float(number) if isinstance(number, int) else jnp.asarray(number)  # or symbolic
-    return jnp.full(shape, number, accumulator(x.dtype))
+    return jnp.full(shape, num_values(x, axis), accumulator(x.dtype))
 
 
 def divisor(count: Array) -> Array:
@@ -41,6 +38,45 @@ def merge(a: Moments, b: Moments) -> Moments:
     # From the larger set's mean, which is then exact where the other set is empty.
     mean = jnp.where(b.count > a.count, b.mean - delta * share_a, a.mean + delta * share_b)
     return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * share_b))
+
+
+def rescale(
+    weights: Array | None, axis: tuple[int, ...], axis_name: Hashable = None
+) -> tuple[Array | None, Array]:
+    """Float weights times a power of two per channel that brings the largest to 2^-32 .. 2^32.
+
+    A common factor of all weights changes nothing, but weights of 1e38 add up to infinity, and XLA
+    reads 1e-38 as zero, like every float32 below 2^-126: such numbers are told apart by their bits.
+    Within the bounds the power is 1; beyond them n / (n - 1) does not depend on it.
+
+    Returns:
+        (weights, unit): the weights given are `weights * unit`.  unit broadcasts against the
+        feature axes.
+    """
+    if weights is None or weights.dtype == jnp.bool_:
+        return weights, jnp.ones(())
+    weights = lax.stop_gradient(weights.astype(accumulator(weights.dtype)))
+    precision = jnp.finfo(weights.dtype)
+    integers, mantissa, bias = f"int{precision.bits}", precision.nmant, precision.maxexp - 1
+    bits = lax.bitcast_convert_type(weights, integers)
+    power = lambda exponent: lax.bitcast_convert_type(
+        jnp.maximum(exponent + bias, 0) << mantissa, weights.dtype
+    )
+    # Of floats that are not negative, the largest has the largest bits.
+    reduced = reduced_axes(weights.ndim, axis)
+    largest = jnp.maximum(bits.max(reduced), 0)
+    if axis_name is not None:
+        largest = lax.pmax(largest, axis_name)
+    exponent = (largest >> mantissa) - bias
+    up = jnp.clip(exponent, -32, 32) - exponent
+    across = jnp.expand_dims(up, reduced)
+    subnormal = (bits > 0) & (bits < 1 << mantissa)
+    scaled = jnp.where(
+        subnormal,
+        bits.astype(weights.dtype) * power(across + precision.minexp - mantissa),
+        weights * power(across),
+    )
+    return scaled, power(-up)
 
 
 def psum_stats(s: Stats, axis_name: Hashable, axis_index_groups=None) -> Stats:

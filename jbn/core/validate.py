@@ -1,17 +1,20 @@
-"""The one door for checks: every public function passes here first, nothing below checks again.
+"""The checks of arguments. Every public function calls them first, and nothing below checks again.
 
 Each message says what came, what was expected, and how to mend it.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
 
 IMPLEMENTATIONS = (
@@ -26,11 +29,8 @@ IMPLEMENTATIONS = (
 
 
 def array(value: Any, name: str) -> Array:
-    """A floating array, or TypeError."""
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(
-            f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray({name})"
-        )
+    """The value as a JAX array, which must be real and floating."""
+    _is_array(value, name)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         mend = (
             "the Flax modules take complex input"
@@ -42,11 +42,14 @@ def array(value: Any, name: str) -> Array:
 
 
 def floating_dtype(dtype: Any, name: str) -> Any:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{name} is {jnp.dtype(dtype).name}, expected a floating dtype such as jnp.float32"
-        )
-    return jnp.dtype(dtype)
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        given = repr(dtype) if known is None else known.name
+        raise TypeError(f"{name} is {given}, expected a floating dtype such as jnp.float32")
+    return known
 
 
 def output_dtype(dtype: Any, x: Array) -> Any:
@@ -87,12 +90,14 @@ def axis(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     positive = tuple(sorted(a % ndim for a in axes))
     if len(set(positive)) < len(positive):
         raise ValueError(
-            f"axis {value!r} names the same axis of x (rank {ndim}) twice: name each feature axis once"
+            f"axis {value!r} names the same axis of x (rank {ndim}) twice: "
+            "name each feature axis once"
         )
     return positive
 
 
 def parameters(params: Params, state: State, x: Array, axis: tuple[int, ...]) -> None:
+    """Parameters and statistics of the shape that the feature axes of x have."""
     expected = tuple(x.shape[a] for a in axis)
     _named_tuple(params, Params, "params", "make them with jbn.init(features)")
     _named_tuple(state, State, "state", "make it with jbn.init(features)")
@@ -103,44 +108,68 @@ def parameters(params: Params, state: State, x: Array, axis: tuple[int, ...]) ->
         shape = array(value, name).shape
         if shape != expected:
             raise ValueError(
-                f"{name} has shape {shape}, expected {expected}: the size of x {x.shape} along axis {axis}"
+                f"{name} has shape {shape}, expected {expected}: the size of x {x.shape} along "
+                f"axis {axis}{_other_axis(shape, x.shape)}"
             )
 
 
+def _other_axis(features, shape):
+    """A hint for a message: the axes along which x has these features, if there are any."""
+    for axes in itertools.combinations(range(len(shape)), len(features)):
+        if axes and tuple(shape[a] for a in axes) == features:
+            return f", use axis={axes[0] if len(axes) == 1 else axes}"
+    return ""
+
+
 def update(momentum: float | Array | None) -> None:
-    if momentum is None or isinstance(momentum, Tracer):
-        return
-    if not 0 <= _scalar(momentum, "momentum") <= 1:
+    number = None if momentum is None else _scalar(momentum, "momentum")
+    if number is not None and not 0 <= number <= 1:
         raise ValueError(
-            f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, such as 0.99"
+            f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, "
+            "such as 0.99"
         )
 
 
-def epsilon(eps: float | Array) -> None:
-    if isinstance(eps, Tracer):
+def epsilon(eps: float | Array, dtype: Any = jnp.float32) -> None:
+    """A number that is positive in the dtype of the statistics of an array of the given dtype."""
+    number = _scalar(eps, "eps")
+    if number is None:
         return
-    if not _scalar(eps, "eps") > 0:
+    if not number > 0:
         raise ValueError(f"eps is {eps}, expected eps > 0, such as 1e-5")
+    dtype = accumulator(dtype)
+    if number < jnp.finfo(dtype).tiny:  # XLA computes with zero in place of subnormal numbers
+        raise ValueError(
+            f"eps is {eps}, which is 0 in {dtype.name}, the dtype of the statistics: "
+            f"expected at least {jnp.finfo(dtype).tiny}, such as 1e-5"
+        )
+
+
+def flax_epsilon(epsilon: float | Array) -> None:
+    """Flax's modules take 0 too."""
+    number = _scalar(epsilon, "epsilon")
+    if number is not None and not number >= 0:
+        raise ValueError(f"epsilon is {epsilon}, expected epsilon >= 0, such as 1e-5")
 
 
 def limits(r_max: float | Array, d_max: float | Array) -> None:
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not isinstance(value, Tracer) and not _scalar(value, name) >= least:
+        number = _scalar(value, name)
+        if number is not None and not number >= least:
             raise ValueError(
-                f"{name} is {value}, expected {name} >= {least}: r_max 1 and d_max 0 make it plain batch norm"
+                f"{name} is {value}, expected {name} >= {least}: "
+                "r_max 1 and d_max 0 make it plain batch norm"
             )
 
 
 def weights(value: Array | None, x: Array) -> Array | None:
     if value is None:
         return None
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(
-            f"weights is a {type(value).__name__} ({value!r:.60}), expected an array: pass jnp.asarray(weights)"
-        )
+    _is_array(value, "weights")
     if not (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.bool_):
         raise TypeError(
-            f"weights has dtype {value.dtype}, expected bool or floating: cast it, weights.astype(bool)"
+            f"weights has dtype {value.dtype}, expected bool or floating: "
+            "cast it, weights.astype(bool)"
         )
     shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
     if len(shape) != x.ndim or any(w not in (1, n) for w, n in zip(shape, x.shape, strict=True)):
@@ -157,7 +186,8 @@ def residual(value: Array | None, x: Array) -> Array | None:
     value = array(value, "residual")
     if value.shape != x.shape:
         raise ValueError(
-            f"residual has shape {value.shape}, expected that of x, {x.shape}: it is added, not broadcast"
+            f"residual has shape {value.shape}, expected that of x, {x.shape}: "
+            "it is added, not broadcast"
         )
     return value
 
@@ -170,44 +200,84 @@ def activation(value: Any) -> Any:
     return value
 
 
+def flag(value: bool, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name} is {value!r:.60}, expected True or False: it is known before tracing"
+        )
+    return bool(value)
+
+
 def implementation(value: str | None) -> str | None:
     if value is not None and value not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {value!r}, expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+            f"implementation is {value!r}, expected None or one of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}"
         )
     return value
 
 
 def mapped_axis(axis_name: Hashable | None) -> None:
+    """A name, or a tuple of names, that shard_map, pmap or vmap gave to an axis around the call."""
+    try:
+        hash(axis_name)
+    except TypeError:
+        raise TypeError(
+            f"axis_name is {axis_name!r:.60}, expected a hashable name or a tuple of names, "
+            'such as "batch"'
+        ) from None
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     for name in names if axis_name is not None else ():
+        if isinstance(name, int):
+            raise TypeError(
+                f"axis_name is {name!r}, an int, which JAX's collectives take for the position of "
+                "an axis: give the axis another name, such as a string"
+            )
         try:
             lax.axis_size(name)
         except NameError as error:
             raise ValueError(
-                f"axis_name {name!r} is not bound here: call inside shard_map, pmap or vmap with an axis of that name, "
-                "or leave axis_name out (under jit, sharded x needs none)"
+                f"axis_name {name!r} is not bound here: call inside shard_map, pmap or vmap with "
+                "an axis of that name, or leave axis_name out (under jit, sharded x needs none)"
             ) from error
 
 
 def groups(
     value: Sequence[Sequence[int]] | None, axis_name: Hashable | None
 ) -> tuple[tuple[int, ...], ...] | None:
+    """The groups as tuples: every index along the mapped axis in exactly one of them."""
     if value is None:
         return None
     if axis_name is None:
         raise ValueError(
-            f"axis_index_groups is {value!r} but axis_name is None: groups are of indices along axis_name"
+            f"axis_index_groups is {value!r:.60} but axis_name is None: "
+            "groups are of indices along axis_name"
         )
-    return tuple(tuple(operator.index(index) for index in group) for group in value)
+    try:
+        of_ints = tuple(tuple(operator.index(index) for index in group) for group in value)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups is {value!r:.60}, expected lists of ints, such as [[0, 1], [2, 3]]"
+        ) from None
+    size = math.prod(
+        lax.axis_size(name)
+        for name in (axis_name if isinstance(axis_name, tuple) else (axis_name,))
+    )
+    if sorted(itertools.chain(*of_ints)) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups is {value!r:.60}, expected each index along axis_name "
+            f"{axis_name!r}, 0 to {size - 1}, in exactly one group"
+        )
+    return of_ints
 
 
 def nonempty(x: Array, axis: tuple[int, ...]) -> int:
-    """How many values of x each feature has: at least one."""
+    """How many values of x each feature has: at least one, unless there is no feature."""
     count = math.prod(n for a, n in enumerate(x.shape) if a not in axis)
-    if count == 0:
+    if count == 0 and math.prod(x.shape[a] for a in axis) > 0:
         raise ValueError(
-            f"x has shape {x.shape}: nothing to reduce outside feature axis {axis}, expected at least one value per feature"
+            f"x has shape {x.shape}: nothing to reduce outside feature axis {axis}, "
+            "expected at least one value per feature"
         )
     return count
 
@@ -222,28 +292,30 @@ def batch(
     """Enough values per feature for a variance."""
     count = nonempty(x, axis)
     if virtual_batch_size is not None:
-        count = _virtual(virtual_batch_size, x, axis) * count // x.shape[0]
+        count = virtual_batch(virtual_batch_size, x, axis) * count // (x.shape[0] or 1)
     if axis_name is not None:
         return
     if x.ndim == 1:
         raise ValueError(
-            f"x has shape {x.shape}, rank 1: expected a batch axis, or axis_name (vmap over single examples)"
+            f"x has shape {x.shape}, rank 1: expected a batch axis, or axis_name "
+            "(vmap over single examples)"
         )
     if count == 1 and weights is None:
         raise ValueError(
-            f"x has shape {x.shape}: one value per feature outside feature axis {axis}, whose variance is 0. "
-            "Expected at least two: use a larger batch, or batch_norm_eval"
+            f"x has shape {x.shape}: one value per feature outside feature axis {axis}, whose "
+            "variance is 0. Expected at least two: use a larger batch, or batch_norm_eval"
         )
 
 
-def _virtual(size, x, axis):
+def virtual_batch(size: int, x: Array, axis: tuple[int, ...]) -> int:
     try:
         size = operator.index(size)
     except TypeError:
         raise TypeError(f"virtual_batch_size is {size!r}, expected an int") from None
     if 0 in axis:
         raise ValueError(
-            f"virtual_batch_size {size} needs the batch at axis 0 of x, but axis {axis} makes that a feature axis"
+            f"virtual_batch_size {size} needs the batch at axis 0 of x, "
+            f"but axis {axis} makes that a feature axis"
         )
     if size < 1 or x.shape[0] % size:
         raise ValueError(
@@ -252,30 +324,83 @@ def _virtual(size, x, axis):
     return size
 
 
-def moments(m: Moments) -> None:
-    _named_tuple(m, Moments, "moments", "make them with jbn.moments(x)")
+def moments(value: Moments, name: str = "moments") -> None:
+    _named_tuple(value, Moments, name, "make them with jbn.moments(x)")
+    features = array(value.mean, f"{name}.mean").shape
+    for field in ("count", "m2"):
+        shape = array(getattr(value, field), f"{name}.{field}").shape
+        if shape != features:
+            raise ValueError(
+                f"{name}.{field} has shape {shape}, expected {features}, that of {name}.mean: "
+                "make them with jbn.moments(x)"
+            )
 
 
-def state(value: State) -> None:
+def updatable(value: State) -> None:
+    """A state that a batch can be folded into."""
     _named_tuple(value, State, "state", "make it with jbn.init(features)")
+    features = array(value.mean, "mean").shape
+    for name in ("mean", "var"):
+        leaf = array(getattr(value, name), name)
+        if leaf.shape != features:
+            raise ValueError(
+                f"{name} has shape {leaf.shape}, expected {features}, that of mean: "
+                "make the state with jbn.init(features)"
+            )
+        if accumulator(leaf.dtype) != leaf.dtype:
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}, in which a running average stalls, expected "
+                f"float32: state._replace({name}=state.{name}.astype(jnp.float32))"
+            )
+    _is_array(value.count, "count")
+    if not jnp.issubdtype(value.count.dtype, jnp.integer) or value.count.shape:
+        raise TypeError(
+            f"count has dtype {value.count.dtype} and shape {value.count.shape}, expected an "
+            "int32 scalar: the number of batches seen, such as jnp.int32(0)"
+        )
 
 
 def same_features(a: State | Moments, b: Moments) -> None:
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"features of shape {a.mean.shape} and {b.mean.shape}, expected the same: both must come from the same layer"
+            f"features of shape {a.mean.shape} and {b.mean.shape}, expected the same: "
+            "both must come from the same layer"
         )
 
 
 def _named_tuple(value, expected, name, mend):
     if not isinstance(value, expected):
         raise TypeError(
-            f"{name} is a {type(value).__name__} ({value!r:.60}), expected jbn.{expected.__name__}: {mend}"
+            f"{name} is a {type(value).__name__} ({value!r:.60}), "
+            f"expected jbn.{expected.__name__}: {mend}"
+        )
+
+
+def _is_array(value, name):
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: "
+            f"pass jnp.asarray({name})"
         )
 
 
 def _scalar(value, name):
+    """The value as a float; None if it is traced, and only its shape and dtype are known."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        is_number = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        if is_number and value.shape != ():
+            raise ValueError(
+                f"{name} has shape {value.shape} ({value!r:.60}), expected a scalar: "
+                "one number for all features"
+            )
+    else:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(
+            f"{name} is {value!r:.60}, a {type(value).__name__}, expected a number: "
+            "a float or a scalar array"
+        )
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r:.60}, expected a number") from None
+        return None if isinstance(value, Tracer) else float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {value!r:.60}, too large for a float") from None

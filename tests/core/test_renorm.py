@@ -1,5 +1,7 @@
 """Batch renormalization against batch norm (its limits at 1 and 0) and against the float64 oracle (anywhere else)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,8 @@ def case(shape=(24, 3, 8), dtype=np.float32, seed=0):
         jnp.asarray(rng.normal(size=features), dtype),
     )
     mean = 0.5 + np.linspace(-1, 1, features)
-    state = jbn.State(
-        jnp.asarray(mean, dtype), jnp.asarray(rng.uniform(0.5, 4, features), dtype), jnp.int32(3)
-    )
+    var = rng.uniform(0.5, 4, features)
+    state = jbn.State(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.int32(3))
     return x, params, state
 
 
@@ -303,3 +304,24 @@ def test_modules_refuse_virtual_batches_and_limits_out_of_range():
     for call in modules(jbn.linen.BatchRenorm, jbn.nnx.BatchRenorm, x):
         with pytest.raises(ValueError, match=r"r_max is 0\.5"):
             call(r_max=0.5)
+
+
+def test_the_corrections_are_constants_to_every_derivative():
+    """y depends on the old statistics, and on eps in two places, but for r and d held fixed."""
+    x, params, state = case()
+
+    def loss(train, params, state, eps, **limits):
+        return jnp.sum(jnp.sin(train(x, params, state, eps=eps, **limits)[0]))
+
+    eps = jnp.float32(0.1)
+    renorm = functools.partial(loss, jbn.batch_renorm_train, **OPEN)
+    d_mean_var, d_eps = jax.grad(
+        lambda stats, eps: renorm(params, jbn.State(*stats, state.count), eps), (0, 1)
+    )((state.mean, state.var), eps)
+    jax.tree.map(lambda d: np.testing.assert_array_equal(d, 0), d_mean_var)
+    r, d, scale, bias = corrected(x, params, state, **OPEN, eps=0.1)
+    assert np.any((r != 1.5) & (r != 1 / 1.5)) and np.any(np.abs(d) < 0.25)
+    fixed = jbn.Params(jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32))
+    expected = jax.grad(lambda eps: loss(jbn.batch_norm_train, fixed, state, eps))(eps)
+    # 576 terms of order 1 and of either sign.
+    np.testing.assert_allclose(d_eps, expected, rtol=1e-4, atol=1e-4)

@@ -60,6 +60,20 @@ def test_merge_equals_the_whole(sizes):
     )  # of a mean of 1e3, float32 keeps 6e-5
 
 
+@pytest.mark.parametrize("few_first", [False, True])
+def test_the_merged_mean_starts_from_the_larger_set(few_first):
+    """From the mean of the smaller set, 1e9, the way to 101 would be rounded to multiples of 64."""
+    few = jbn.Moments(jnp.ones(1), jnp.full(1, 1e9), jnp.zeros(1))
+    many = jbn.Moments(jnp.full(1, 2.0**30), jnp.full(1, 101.0), jnp.zeros(1))
+    merged = jbn.merge_moments(*((few, many) if few_first else (many, few)))
+    np.testing.assert_allclose(merged.mean, (1e9 + 101 * 2.0**30) / (1 + 2.0**30), rtol=1e-6)
+
+
+def test_merging_large_counts_does_not_overflow():
+    a, b = (jbn.Moments(jnp.full(1, 1e30), jnp.full(1, mean), jnp.ones(1)) for mean in (0.0, 2.0))
+    np.testing.assert_allclose(jbn.merge_moments(a, b).m2, 2e30, rtol=1e-6)
+
+
 def test_merging_nothing_changes_nothing():
     x = draw(8, 3)
     m, nothing = jbn.moments(x), jbn.moments(x, weights=jnp.zeros((8, 1)))
