@@ -48,7 +48,7 @@ class Pipeline(NamedTuple):
         return pipeline
 
     def begin_again(self):
-        """Go down the chunk once more, the last tiles first, as they are most likely in the cache."""
+        """Go down the chunk again, the last tiles first: they are the most likely to be cached."""
         return Pipeline.begin(
             self.tiles, self.arrays, self.slots, self.slot_barriers, backwards=True
         )
@@ -117,7 +117,7 @@ class Pipeline(NamedTuple):
         plgpu.wait_smem_to_gmem(0)
 
     def registers(self, t):
-        """Yield (row, [float32 values of each array]) for each part of tile t that registers hold."""
+        """Yield (row, [float32 values of each array]) for parts of tile t that fit registers."""
         for r in range(0, self.tiles.block_rows, self.tiles.register_rows):
             parts = [self._part(slots, self._slot(t), r) for slots in self.slots]
             yield r, [load(part, self.layout).astype(jnp.float32) for part in parts]

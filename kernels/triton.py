@@ -1,9 +1,9 @@
 """The four functions as Pallas Triton kernels, for Ampere and newer.
 
 A channels-last array is seen as [rows, channels], and rows are put side by side until the width is
-a multiple of 128 bytes (`shared_pallas.widen`).  Programs go down tiles.  Those of a reduction leave
-one partial result per chunk of rows, and XLA merges the chunks: there are no atomics, so the same
-bits come out every time.  `interpret=True` runs the kernels on any platform.
+a multiple of 128 bytes (`shared_pallas.widen`).  Programs go down tiles.  Reductions leave one
+partial result per chunk of rows, and XLA merges the chunks: there are no atomics, so the same bits
+come out every time.  `interpret=True` runs the kernels on any platform.
 """
 
 import functools

@@ -95,15 +95,16 @@ def _fwd_fused(activation, interpret, x, scale, bias, residual):
     return mosaic_gpu.fwd_fused(x, scale, bias, residual, jnp.float32(1e-5), **known)
 
 
-def _bwd_fused(activation, residual_dtype, interpret, x, dy, affine, rstd, d_stats, saved):
+def _bwd_fused(activation, residual_dtype, interpret, x, dy, affine, offset, rstd, d_stats, saved):
     known = {
         "axis": (x.ndim - 1,),
         "device": H200,
         "interpret": interpret,
         "residual_dtype": residual_dtype,
     }
+    vectors = {"offset": offset, "rstd": rstd, "d_stats": d_stats}
     return mosaic_gpu.bwd_fused(
-        x, dy, affine, rstd=rstd, d_stats=d_stats, saved=saved, activation=activation, **known
+        x, dy, affine, saved=saved, activation=activation, **vectors, **known
     )
 
 
@@ -115,7 +116,7 @@ def _compiled_fused(activation, with_residual, shape, dtype):
     backward = functools.partial(_bwd_fused, activation, dtype if with_residual else None, False)
     return (
         targets.compile_for("h200", forward, x, v, v, residual),
-        targets.compile_for("h200", backward, x, x, Affine(*[v] * 4), v, (v, v), residual),
+        targets.compile_for("h200", backward, x, x, Affine(v, v, v), v, v, (v, v), residual),
     )
 
 
@@ -147,12 +148,14 @@ def test_fused_equals_oracle(shape, dtype, activation, with_residual):
     )
     np.testing.assert_allclose(stats.m2 / stats.count, oracle.variance(m), rtol=1e-5)
     rstd = 1 / np.sqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, stats.offset, scale * rstd, bias)
+    affine = Affine(stats.shift, scale * rstd, bias - stats.offset * scale * rstd)
     run = jax.jit(
         functools.partial(_bwd_fused, fn, residual.dtype if with_residual else None, True)
     )
-    dx, dresidual, sum_dz, sum_dz_xc = run(x, dy, affine, rstd, (dmean, dvar), residual)
-    want = oracle.backward(x, dy, scale, bias, **known)
+    through = (affine, stats.offset, rstd, (dmean, dvar), residual)
+    dx, dresidual, sum_dz, sum_dz_x = run(x, dy, *through)
+    sum_dz_xc = sum_dz_x - stats.offset * sum_dz
+    want = oracle.backward(x, dy, scale, bias, residual=residual, activation=activation)
     xc = np.asarray(x, np.float64) - m.mean
     want_dx = want.x + (dmean + 2 * dvar * xc) / m.count
     np.testing.assert_allclose(np.asarray(dx, np.float64), want_dx, rtol=rounding, atol=5e-5)
@@ -178,7 +181,7 @@ def test_fused_passes_over_memory():
 def test_fused_leaves_to_others_what_does_not_fit():
     x, v = jnp.zeros((2**17, 512), jnp.bfloat16), jnp.ones(512)
     assert _fwd_fused(None, False, x, v, v, None) is None
-    assert _bwd_fused(None, None, False, x, x, Affine(v, v, v, v), v, (v, v), None) is None
+    assert _bwd_fused(None, None, False, x, x, Affine(v, v, v), v, v, (v, v), None) is None
 
 
 # Compiled for an H200 that is not here.
