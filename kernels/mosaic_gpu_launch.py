@@ -1,8 +1,8 @@
 """How a Mosaic GPU kernel is launched, or interpreted on any platform."""
 
 import functools
-import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 from jbn.kernels import shared_gpu as gpu
 from jbn.kernels import shared_pallas as pallas
@@ -97,17 +98,22 @@ def call(
 
 
 def _one_at_a_time(launch, result_avals, *operands):
-    """Interpret a launch while no other is interpreted: the interpreter keeps one state for all."""
+    """Interpret a launch while no other is interpreted."""
+
+    def interpret(*operands):
+        return [np.asarray(a) for a in _interpreted(*map(np.asarray, operands), launch=launch)]
 
     def run(*operands):
-        with _INTERPRETER:
-            return [np.asarray(a) for a in _interpreted(*map(np.asarray, operands), launch=launch)]
+        return _INTERPRETER.submit(interpret, *operands).result()
 
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in result_avals]
     return jax.pure_callback(run, shapes, *operands)
 
 
-_INTERPRETER = threading.Lock()
+# A single thread, because the interpreter keeps one state for all launches. A thread of its own,
+# because the caller's may be in the middle of a vmap, whose axis name the interpreter would take
+# for one of the grid's.
+_INTERPRETER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jbn_mosaic_gpu_interpreter")
 
 
 @functools.partial(jax.jit, static_argnames="launch")
@@ -117,12 +123,28 @@ def _interpreted(*operands, launch):
 
 def _lower(context, launch, *operands):
     if launch.interpret:
+        _refuse_partitioned_callback(context.module_context)
         # The interpreter has side effects on a state of its own. Behind a callback the program
         # around it does not see them.
         run = functools.partial(_one_at_a_time, launch, context.avals_out)
     else:
         run = launch
     return mlir.lower_fun(run, multiple_results=True)(context, *operands)
+
+
+def _refuse_partitioned_callback(module_context):
+    """Raise where JAX would lose the interpreter's callback, and the process would end by SIGSEGV.
+
+    custom_partitioning lowers the program of a shard to a module of its own, under the name below,
+    and forgets that module's list of host callbacks.  The program then calls the first callback of
+    an empty list.
+    """
+    name = ir.StringAttr(module_context.module.operation.attributes["sym_name"]).value
+    if "tmp_xla_computation" in name:
+        raise NotImplementedError(
+            "implementation 'mosaic_gpu/interpret' cannot run in custom_partitioning, as under jit "
+            "with x split over devices: use shard_map with axis_name, 'triton/interpret', or None"
+        )
 
 
 launch_p = gpu.launch_primitive("jbn_mosaic_gpu", _lower)
