@@ -81,8 +81,7 @@ def test_nonfinite_first_row_stays_in_its_channels(backend, bad):
 
 
 @interpreted
-@pytest.mark.parametrize("activation", [jax.nn.gelu, jax.nn.silu])
-def test_rows_beyond_the_end_count_for_nothing(backend, activation):
+def test_rows_beyond_the_end_count_for_nothing(backend):
     """Such rows read as x = 0: here that is z = -1e20, where the derivative of gelu is NaN.
 
     All rows that exist have z = 0, where the derivative is 1/2.
@@ -93,7 +92,7 @@ def test_rows_beyond_the_end_count_for_nothing(backend, activation):
     vector = jnp.ones(channels, jnp.float32)
     affine = Affine(far * vector, vector, 0 * vector)
     sum_dz, sum_dz_x = KERNELS[backend].bwd_stats(
-        x, dy, affine, saved=None, weights=None, axis=(1,), activation=activation, interpret=True
+        x, dy, affine, saved=None, weights=None, axis=(1,), activation=jax.nn.gelu, interpret=True
     )
     np.testing.assert_allclose(sum_dz, 0.5 * np.asarray(dy, np.float64).sum(0), rtol=1e-6)
     np.testing.assert_array_equal(sum_dz_x, 0)
