@@ -7,6 +7,7 @@ come out every time.  `interpret=True` runs the kernels on any platform.
 """
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,10 @@ from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, pre_activation, through_activation
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Data-center cards, then the others by series, as CUDA calls them.
+_BEFORE_AMPERE = re.compile(
+    r"\b(T4G?|[MPV]100S?|[MP](4|6|10|40|60))\b|\b(RTX 20\d{2}|Quadro RTX|GTX|TITAN)\b"
+)
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> str | None:
@@ -34,6 +39,16 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
     return pallas.channels_last(shape, axis)
+
+
+def unsupported_device(kind: str) -> str | None:
+    """Why the kernels cannot be lowered for such a device, a phrase as above; None if they can."""
+    if _BEFORE_AMPERE.search(kind) is None:
+        return None
+    return (
+        f"needs compute capability 8.0 (Ampere) or newer, which {kind} has not: "
+        "use implementation=None"
+    )
 
 
 # Kernel bodies.

@@ -194,4 +194,4 @@ def test_selection_has_every_channel_count_and_every_pair():
     assert {case.channels for case in cases} == set(CHANNELS)
     values = ROWS, DTYPES, ACTIVATIONS, (False, True), KERNELS
     for (i, one), (j, other) in itertools.combinations(enumerate(values, 1), 2):
-        assert {(case[i], case[j]) for case in cases} == set(itertools.product(one, other))
+        assert {(case[i], case[j]) for case in cases} >= set(itertools.product(one, other))

@@ -13,6 +13,8 @@ import numpy as np
 import oracle
 import pytest
 from gpu_functions import launches, needs_interpreter, passes
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jbn
 from jbn.bench import targets
@@ -78,14 +80,27 @@ def test_interpret_mode_needs_jax_0_11():
 
 
 @needs_interpreter
-def test_interpret_mode_refuses_what_jit_splits_over_devices():
-    """There JAX loses the interpreter's callback, and the process ended by SIGSEGV."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    x = jax.device_put(jnp.ones((128, 16)), sharding)
+def test_jit_over_devices():
+    """XLA gathers x for the interpreter. In custom_partitioning the process ended by SIGSEGV."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = np.random.default_rng(0).normal(3, 1, (128, 16)).astype(np.float32)
     layer = lambda x: jbn.batch_norm_train(x, *jbn.init(16), implementation=INTERPRET)[0]
-    with pytest.raises(Exception, match="'mosaic_gpu/interpret' cannot run in custom_partitioning"):
-        jax.jit(layer)(x)
+    y = jax.jit(layer)(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    np.testing.assert_allclose(y, oracle.forward(x)[0], rtol=0, atol=1e-5)
+
+
+@needs_interpreter
+def test_interpreter_refuses_custom_partitioning():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, vector = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    stats = lambda x: tuple(mosaic_gpu.fwd_stats(x, None, None, axis=(1,), interpret=True))
+    partitioned = custom_partitioning(stats)
+    partitioned.def_partition(
+        lambda mesh, operands, results: (mesh, stats, (vector,) * 4, (rows,)),
+        sharding_rule="n c -> c, c, c, c",
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cannot run in custom_partitioning"):
+        jax.jit(partitioned)(jax.device_put(jnp.ones((128, 16)), rows))
 
 
 # Forward and backward in one kernel each.

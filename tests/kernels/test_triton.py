@@ -27,6 +27,16 @@ def test_equals_oracle(case, monkeypatch):
     kernel_grid.check("triton/interpret", case)
 
 
+@pytest.mark.parametrize("kind", ["Tesla V100-SXM2-16GB", "Tesla T4", "Quadro RTX 6000"])
+def test_devices_before_ampere_are_refused(kind):
+    assert f"which {kind} has not" in triton.unsupported_device(kind)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-40GB", "NVIDIA H200", "NVIDIA RTX A4000"])
+def test_devices_since_ampere_are_not(kind):
+    assert triton.unsupported_device(kind) is None
+
+
 # Compiled for GPUs that are not here.
 
 
