@@ -1,13 +1,11 @@
 """The four functions as Pallas Mosaic GPU kernels, for Hopper and newer.
 
-A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 512
-bytes.  A program walks
-down a chunk of rows, tile by tile: copies of the tensor memory accelerator (TMA) bring the next
-    tiles to shared memory while
-four warps read this one, each lane 16 bytes of columns.  Beyond the end of an array such a copy
-writes nothing, and what it reads from there is not used.
-Reductions leave one partial result per chunk, and XLA merges the chunks: no atomics, the same bits
-every time.
+A channels-last array is seen as [rows, channels], and rows are put side by side until the width is
+a multiple of 512 bytes (`shared_pallas.widen`).  A program goes down a chunk of rows, tile by tile:
+the tensor memory accelerator (TMA) copies the next tiles to shared memory while four warps work on
+this one, each lane on 16 bytes of columns.  Beyond the end of an array TMA writes nothing, and what
+it reads from there is not used.  Reductions leave one partial result per chunk, and XLA merges the
+chunks: there are no atomics, so the same bits come out every time.
 """
 
 import math
@@ -15,15 +13,15 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jbn.kernels import blocks
+from jbn.kernels import mosaic_gpu_pipeline as pipelines
 from jbn.kernels import shared_gpu as gpu
 from jbn.kernels import shared_pallas as pallas
-from jbn.kernels.blocks import Ring
+from jbn.kernels.blocks import PipelineTiles
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
-from jbn.kernels.mosaic_gpu_launch import Launch, launch_p
-from jbn.kernels.mosaic_gpu_walk import Walk, chunk_stats, chunk_sums, dx_dz_of, in_flight, y_of
+from jbn.kernels.mosaic_gpu_launch import call
+from jbn.kernels.mosaic_gpu_pipeline import Pipeline
 
 __all__ = [
     "bwd_apply",
@@ -45,7 +43,10 @@ _BEFORE_HOPPER = re.compile(
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> str | None:
-    """Why the kernels cannot take such an x (a phrase with the implementation for its subject), or None."""
+    """Why the kernels cannot take an x of this shape, dtype and feature axes; None if they can.
+
+    The reason is a phrase that goes on after "implementation 'mosaic_gpu'".
+    """
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
     reason = pallas.channels_last(shape, axis)
@@ -55,99 +56,109 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
     rows = math.prod(shape[:-1])
     unit = blocks.ALIGNED
     if pallas.widening(rows, channels, unit) * channels % unit:
-        return f"takes arrays whose rows can be put together to multiples of {unit} channels, not {rows} rows of {channels}"
+        return (
+            f"takes arrays whose rows can be put together to multiples of {unit} channels, "
+            f"not {rows} rows of {channels}"
+        )
     return None
 
 
 def unsupported_device(kind: str) -> str | None:
-    """Why the kernels cannot be lowered for such a device (a phrase as of `unsupported`), or None.
+    """Why the kernels cannot be lowered for such a device, a phrase as of `unsupported`, or None.
 
-    JAX would fail there, and 0.12 ends the process.
+    JAX itself would fail there, and JAX 0.12 would end the process.
     """
     if _BEFORE_HOPPER.search(kind) is None:
         return None
-    return f"needs compute capability 9.0 (Hopper) or newer, which {kind} has not: use implementation='triton' or None"
+    return (
+        f"needs compute capability 9.0 (Hopper) or newer, which {kind} has not: "
+        "use implementation='triton' or None"
+    )
 
 
 # Kernel bodies.
 
 
 def _fwd_stats_kernel(
-    x_ref, shift_ref, offset_ref, m2_ref, *, ring: Ring, bounce, vectors, **in_flight
+    x_ref, shift_ref, offset_ref, m2_ref, *, tiles: PipelineTiles, bounce, vectors, **in_flight
 ):
-    """Of one chunk: the mean as shift + offset, and m2."""
-    walk = Walk.begin(ring, (x_ref,), **in_flight)
-    chunk_stats(walk, bounce, vectors)
-    walk.store_partials(vectors, (shift_ref, offset_ref, m2_ref))
+    """The statistics of one chunk: the mean as shift + offset, and m2."""
+    pipeline = Pipeline.begin(tiles, (x_ref,), **in_flight)
+    pipelines.chunk_stats(pipeline, bounce, vectors)
+    pipeline.store_partials(vectors, (shift_ref, offset_ref, m2_ref))
 
 
-def _bwd_stats_kernel(*refs, ring: Ring, activation, bounce, vectors, arrived, **in_flight):
-    """Of one chunk: the sums of dz and of dz * (x - shift)."""
+def _bwd_stats_kernel(
+    *refs, tiles: PipelineTiles, activation, bounce, vectors, vectors_barrier, **in_flight
+):
+    """The sums over one chunk of dz and of dz * (x - shift)."""
     *arrays, vectors_ref, sum_dz_ref, sum_dz_x_ref = refs
-    walk = Walk.begin(ring, arrays, **in_flight)
-    chunk_sums(walk, walk.affine(vectors_ref, vectors, arrived), activation, bounce, vectors)
-    walk.store_partials(vectors, (sum_dz_ref, sum_dz_x_ref))
+    pipeline = Pipeline.begin(tiles, arrays, **in_flight)
+    affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
+    pipelines.chunk_sums(pipeline, affine, activation, bounce, vectors)
+    pipeline.store_partials(vectors, (sum_dz_ref, sum_dz_x_ref))
 
 
-def _fwd_apply_kernel(*refs, ring: Ring, activation, vectors, arrived, leaving, **in_flight):
+def _fwd_apply_kernel(
+    *refs, tiles: PipelineTiles, activation, vectors, vectors_barrier, result_slots, **in_flight
+):
     *arrays, vectors_ref, y_ref = refs
-    walk = Walk.begin(ring, arrays, **in_flight)
-    walk.map(y_of(walk.affine(vectors_ref, vectors, arrived), activation), leaving, (y_ref,))
+    pipeline = Pipeline.begin(tiles, arrays, **in_flight)
+    affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
+    pipeline.map(pipelines.y_of(affine, activation), result_slots, (y_ref,))
 
 
 def _bwd_apply_kernel(
-    *refs, ring: Ring, activation, vectors, arrived, leaving, num_inputs, **in_flight
+    *refs,
+    tiles: PipelineTiles,
+    activation,
+    num_inputs,
+    vectors,
+    vectors_barrier,
+    result_slots,
+    **in_flight,
 ):
     arrays, vectors_ref, results = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
-    walk = Walk.begin(ring, arrays, **in_flight)
-    affine = walk.affine(vectors_ref, vectors, arrived)
-    slope, intercept = (walk.spread(vectors.at[k]) for k in (3, 4))
-    walk.map(dx_dz_of(affine, slope, intercept, activation), leaving, results)
+    pipeline = Pipeline.begin(tiles, arrays, **in_flight)
+    affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
+    slope, intercept = (pipeline.spread(vectors.at[k]) for k in (3, 4))
+    dx_dz = pipelines.dx_dz_of(affine, slope, intercept, activation)
+    pipeline.map(dx_dz, result_slots, results)
 
 
 # Launches.
 
 
 def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
-    ring = _ring(arrays, least_tiles=blocks.MIN_REDUCED_TILES)
-    # Of whole tiles: a copy of one row is clipped at the end of the array, not of the row.
-    shapes = ((ring.num_chunks, ring.num_columns * ring.block_cols),) * num_results
+    tiles = _tiles(arrays, least_tiles=blocks.MIN_REDUCED_TILES)
+    # Whole tiles: the copy of one row is clipped at the end of the array, not at that of the row.
+    others = (((tiles.num_chunks, tiles.padded_width), jnp.float32),) * num_results
     scratch = (
-        *in_flight(ring, arrays),
-        ("vectors", plgpu.SMEM((3, ring.block_cols), jnp.float32)),
-        ("bounce", plgpu.SMEM((ring.register_rows, ring.block_cols), jnp.float32)),
-        *([("arrived", plgpu.Barrier())] if vectors else []),
+        *pipelines.slots(tiles, arrays),
+        *pipelines.vectors(tiles, 3, loaded=bool(vectors)),
+        *pipelines.bounce(tiles),
     )
-    dtypes = (jnp.dtype(jnp.float32),) * num_results
-    launch = Launch(kernel, ring, shapes, dtypes, scratch, tuple(options.items()), interpret)
-    return ring, [
-        partial[:, : ring.width] for partial in launch_p.bind(*arrays, *vectors, launch=launch)
-    ]
+    partials = call(
+        kernel, tiles, arrays, vectors, (), others, scratch, interpret=interpret, options=options
+    )
+    return tiles, [partial[:, : tiles.width] for partial in partials]
 
 
 def _map(kernel, arrays, vectors, dtypes, interpret, **options):
-    ring = _ring(arrays, dtypes)
+    tiles = _tiles(arrays, dtypes)
     scratch = (
-        *in_flight(ring, arrays),
-        *(("vectors", plgpu.SMEM((v.shape[0], ring.block_cols), jnp.float32)) for v in vectors),
-        ("arrived", plgpu.Barrier()),
-        ("leaving", tuple(plgpu.SMEM(ring.slots, dtype) for dtype in dtypes)),
+        *pipelines.slots(tiles, arrays),
+        *pipelines.vectors(tiles, vectors[0].shape[0]),
+        *pipelines.result_slots(tiles, dtypes),
     )
-    launch = Launch(
-        kernel,
-        ring,
-        (arrays[0].shape,) * len(dtypes),
-        dtypes,
-        scratch,
-        tuple(options.items()),
-        interpret,
+    return call(
+        kernel, tiles, arrays, vectors, dtypes, (), scratch, interpret=interpret, options=options
     )
-    return launch_p.bind(*arrays, *vectors, launch=launch)
 
 
-def _ring(arrays, dtypes=(), **options):
+def _tiles(arrays, dtypes=(), **options):
     itemsizes = tuple(dtype.itemsize for dtype in (*(a.dtype for a in arrays), *dtypes))
-    return blocks.ring(*arrays[0].shape, itemsizes, **options)
+    return blocks.pipelined(*arrays[0].shape, itemsizes, **options)
 
 
 _kernels = _fwd_stats_kernel, _fwd_apply_kernel, _bwd_stats_kernel, _bwd_apply_kernel

@@ -1,116 +1,121 @@
-"""Forward and backward in one Mosaic GPU kernel each, with a barrier across the grid between the
-two passes over x.
+"""Forward and backward in one Mosaic GPU kernel each, with a barrier across the grid.
 
-The forward kernel keeps x in shared memory.  The backward kernel has x and dy twice that size,
-which no H200 holds: it walks down them again, the last tiles first, and finds them in the
-    second-level cache (50 MB).
+The barrier stands between the two passes over x.  The forward kernel keeps x in shared memory.  The
+backward kernel reads x and dy, twice that size, which no H200 holds: it goes down them again, the
+last tiles first, and finds them in the L2 cache (50 MB).
 
-The barrier is a counter in global memory, zero at every launch (Pallas zeroes it), which each
-program adds 1 to and waits for.
-All programs must run at once: there are no more of them than multiprocessors less
-    `blocks.SM_MARGIN`, one on each.  Where
-other kernels hold more multiprocessors than that margin, the programs that run wait until these
-end.  Two such kernels at once,
-on two streams, could wait for each other for ever: XLA runs the operations of one program on one
-    stream.
+The barrier is a counter in global memory, which Pallas sets to zero for every launch.  Each program
+adds 1 to it and waits until all have done so; hence all programs must run at once.  There are at
+most as many as multiprocessors less `blocks.SM_MARGIN`, one on each.  Where other kernels hold more
+multiprocessors than that margin, the programs wait until these kernels end.  Two kernels with such
+a barrier at the same time, on two streams, could wait for each other for ever; XLA runs the
+operations of a program on one stream.  If vmap made one launch with a larger grid of several, they
+would share one counter; so such a launch is not `batchable`, and vmap launches one after the other.
+
+JAX 0.10 has no semaphores with a memory scope; there both functions decline.
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jbn.kernels import blocks
+from jbn.kernels import mosaic_gpu_pipeline as pipelines
 from jbn.kernels import shared_gpu as gpu
-from jbn.kernels.blocks import Ring
-from jbn.kernels.mosaic_gpu_launch import Launch, launch_p
-from jbn.kernels.mosaic_gpu_walk import (
-    Walk,
-    chunk_stats,
-    chunk_sums,
-    column_sum,
-    dx_dz_of,
-    in_flight,
-    load,
-    store,
-    y_of,
-)
+from jbn.kernels.blocks import PipelineTiles
+from jbn.kernels.mosaic_gpu_launch import call
+from jbn.kernels.mosaic_gpu_pipeline import Pipeline, column_sum, load, store
 from jbn.kernels.seam import Affine, Device, Stats
 
 
-def _fwd_fused_kernel(*refs, ring: Ring, activation, bounce, vectors, arrived, **in_flight):
+def _fwd_fused_kernel(
+    *refs, tiles: PipelineTiles, activation, bounce, vectors, vectors_barrier, **in_flight
+):
     *arrays, params_ref, y_ref, shifts_ref, offsets_ref, m2s_ref, shift_ref, offset_ref, m2_ref = (
         refs
     )
-    walk = Walk.begin(ring, arrays, **in_flight)
-    chunk_stats(walk, bounce, vectors)
+    pipeline = Pipeline.begin(tiles, arrays, **in_flight)
+    pipelines.chunk_stats(pipeline, bounce, vectors)
     partials = (shifts_ref, offsets_ref, m2s_ref)
-    walk.store_partials(vectors, partials)
-    _barrier(ring)
-    _merge(walk, partials, bounce, vectors)
-    pl.when(walk.chunk == 0)(lambda: walk.store_whole(vectors, (shift_ref, offset_ref, m2_ref)))
-    shift, offset, m2 = (walk.spread(vectors.at[k]) for k in range(3))
-    walk.load_vectors(params_ref, vectors, arrived)
-    scale, bias, eps = (walk.spread(vectors.at[k]) for k in range(3))
-    gain = scale * lax.rsqrt(m2 * (1 / ring.rows) + eps)
-    walk.rewrite(y_of(Affine(shift, gain, bias - offset * gain), activation), y_ref)
+    pipeline.store_partials(vectors, partials)
+    _wait_for_all_programs(tiles)
+    _merge(pipeline, partials, bounce, vectors)
+    totals = (shift_ref, offset_ref, m2_ref)
+    pl.when(pipeline.chunk == 0)(lambda: pipeline.store_totals(vectors, totals))
+    shift, offset, m2 = (pipeline.spread(vectors.at[k]) for k in range(3))
+    pipeline.load_vectors(params_ref, vectors, vectors_barrier)
+    scale, bias, eps = (pipeline.spread(vectors.at[k]) for k in range(3))
+    gain = scale * lax.rsqrt(m2 * (1 / tiles.rows) + eps)
+    affine = Affine(shift, gain, bias - offset * gain)
+    pipeline.map_in_place(pipelines.y_of(affine, activation), y_ref)
 
 
 def _bwd_fused_kernel(
-    *refs, ring: Ring, activation, num_inputs, bounce, vectors, arrived, leaving, **in_flight
+    *refs,
+    tiles: PipelineTiles,
+    activation,
+    num_inputs,
+    bounce,
+    vectors,
+    vectors_barrier,
+    result_slots,
+    **in_flight,
 ):
     arrays, vectors_ref, refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     *results, sums_dz_ref, sums_dz_x_ref, sum_dz_ref, sum_dz_x_ref = refs
-    walk = Walk.begin(ring, arrays, **in_flight)
-    affine = walk.affine(vectors_ref, vectors, arrived)
-    offset, rstd, dmean, dvar = (walk.spread(vectors.at[k]) for k in range(3, 7))
-    chunk_sums(walk, affine, activation, bounce, vectors)
+    pipeline = Pipeline.begin(tiles, arrays, **in_flight)
+    affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
+    offset, rstd, dmean, dvar = (pipeline.spread(vectors.at[k]) for k in range(3, 7))
+    pipelines.chunk_sums(pipeline, affine, activation, bounce, vectors)
     partials = (sums_dz_ref, sums_dz_x_ref)
-    walk.store_partials(vectors, partials)
-    _barrier(ring)
-    totals = [
-        sum((values[k] for _, values in _parts(walk, partials)), start=walk.zeros())
+    pipeline.store_partials(vectors, partials)
+    _wait_for_all_programs(tiles)
+    sums = [
+        sum((values[k] for _, values in _parts(pipeline, partials)), start=pipeline.zeros())
         for k in range(2)
     ]
-    for k, total in enumerate(totals):
+    for k, total in enumerate(sums):
         store(vectors.at[k], column_sum(total, bounce))
     plgpu.commit_smem()
-    sum_dz, sum_dz_x = (walk.spread(vectors.at[k]) for k in range(2))
+    sum_dz, sum_dz_x = (pipeline.spread(vectors.at[k]) for k in range(2))
     sum_dz_xc = sum_dz_x - offset * sum_dz
-    slope = 2 / ring.rows * (dvar - affine.gain * (rstd * rstd) * 0.5 * sum_dz_xc)
-    intercept = 1 / ring.rows * (dmean - affine.gain * sum_dz) - slope * offset
-    pl.when(walk.chunk == 0)(lambda: walk.store_whole(vectors, (sum_dz_ref, sum_dz_x_ref)))
-    walk.again().map(dx_dz_of(affine, slope, intercept, activation), leaving, results)
+    slope = 2 / tiles.rows * (dvar - affine.gain * (rstd * rstd) * 0.5 * sum_dz_xc)
+    intercept = 1 / tiles.rows * (dmean - affine.gain * sum_dz) - slope * offset
+    totals = (sum_dz_ref, sum_dz_x_ref)
+    pl.when(pipeline.chunk == 0)(lambda: pipeline.store_totals(vectors, totals))
+    dx_dz = pipelines.dx_dz_of(affine, slope, intercept, activation)
+    pipeline.begin_again().map(dx_dz, result_slots, results)
 
 
-def _barrier(ring):
-    """Until all programs are here. What each wrote before, all can read after."""
-    if ring.num_chunks == 1:
-        return  # every program has all rows of its columns
-    here = pl.get_global(plgpu.SemaphoreType.REGULAR)
-    plgpu.semaphore_signal(here, 1, memory_scope="gpu")
-    plgpu.semaphore_wait(
-        here, ring.num_chunks * ring.num_columns, decrement=False, memory_scope="gpu"
-    )
+def _wait_for_all_programs(tiles):
+    """Wait until every program has come here; then what each wrote before, all can read."""
+    if tiles.num_chunks == 1:
+        return  # every program has all rows of its columns, and needs nothing of the others
+    counter = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    plgpu.semaphore_signal(counter, 1, memory_scope="gpu")
+    programs = tiles.num_chunks * tiles.num_columns
+    plgpu.semaphore_wait(counter, programs, decrement=False, memory_scope="gpu")
 
 
-def _merge(walk, partials, bounce, vectors):
-    """Into `vectors`: shift, offset and m2 of the whole, as `pallas.merge` does it."""
-    rows, zeros = walk.ring.rows, walk.zeros()
+def _merge(pipeline, partials, bounce, vectors):
+    """Write shift, offset and m2 of all rows to `vectors`, by the formulas of `pallas.merge`."""
+    rows, zeros = pipeline.tiles.rows, pipeline.zeros()
     mean = sum(
         (
             (shift + offset) * (count * (1 / rows))
-            for count, (shift, offset, _) in _parts(walk, partials)
+            for count, (shift, offset, _) in _parts(pipeline, partials)
         ),
         start=zeros,
     )
     store(vectors.at[0], column_sum(mean, bounce))
     plgpu.commit_smem()
-    merged = walk.spread(vectors.at[0])
+    merged = pipeline.spread(vectors.at[0])
     rest = m2 = zeros
-    for count, (shift, offset, part_m2) in _parts(walk, partials):
+    for count, (shift, offset, part_m2) in _parts(pipeline, partials):
         delta = (shift - merged) + offset
         rest = rest + delta * (count * (1 / rows))
         m2 = m2 + part_m2 + delta * delta * count
@@ -120,26 +125,19 @@ def _merge(walk, partials, bounce, vectors):
     plgpu.commit_smem()
 
 
-def _parts(walk, partials):
-    """(rows of each part in float32, [the partials]) in registers, zero where there is no part."""
-    ring = walk.ring
-    for first in range(0, ring.num_chunks, ring.register_rows):
-        chunk = (
-            plgpu.broadcasted_iota(
-                jnp.int32, (ring.register_rows, ring.block_cols), 0, layout=walk.layout
-            )
-            + first
-        )
-        count = jnp.clip(ring.rows - chunk * ring.chunk_rows, 0, ring.chunk_rows).astype(
-            jnp.float32
-        )
-        parts = [
-            load(
-                ref.at[pl.ds(first, ring.register_rows), pl.ds(walk.column, ring.block_cols)],
-                walk.layout,
-            )
-            for ref in partials
-        ]
+def _parts(pipeline, partials):
+    """Yield (rows of each part in float32, [the partials]), with as many parts as registers hold.
+
+    Where there is no part, the values are zero.
+    """
+    tiles = pipeline.tiles
+    shape = (tiles.register_rows, tiles.block_cols)
+    for first in range(0, tiles.num_chunks, tiles.register_rows):
+        chunk = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=pipeline.layout) + first
+        count = jnp.clip(tiles.rows - chunk * tiles.chunk_rows, 0, tiles.chunk_rows)
+        count = count.astype(jnp.float32)
+        window = pl.ds(first, tiles.register_rows), pl.ds(pipeline.column, tiles.block_cols)
+        parts = [load(ref.at[window], pipeline.layout) for ref in partials]
         yield count, [jnp.where(count > 0, part, 0.0) for part in parts]
 
 
@@ -156,24 +154,35 @@ def fwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Stats] | None:
-    """y and the statistics by one read of x and one write of y, or None where shared memory does not hold x (and residual)."""
+    """y and the statistics from one read of x and one write of y.
+
+    None where shared memory does not hold x (and the residual), or JAX is too old.
+    """
     del axis
     rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
     arrays = [a.reshape(rows, channels) for a in (x, residual) if a is not None]
     itemsizes = tuple(a.dtype.itemsize for a in arrays)
-    ring = blocks.resident(
-        rows, channels, itemsizes, _programs(device, interpret, channels, itemsizes[0])
-    )
-    if ring is None or jnp.dtype(dtype) != x.dtype:
+    tiles = blocks.resident(rows, channels, itemsizes, _programs(device, interpret))
+    if tiles is None or jnp.dtype(dtype) != x.dtype or not _HAS_SCOPED_SEMAPHORES:
         return None
-    scratch = (*in_flight(ring, arrays), *_vectors(ring, 3))
-    shapes = (arrays[0].shape, *(_partial_shape(ring),) * 3, *((channels,),) * 3)
-    dtypes = (x.dtype, *(jnp.dtype(jnp.float32),) * 6)
-    launch = Launch(
-        _fwd_fused_kernel, ring, shapes, dtypes, scratch, (("activation", activation),), interpret
+    scratch = (
+        *pipelines.slots(tiles, arrays),
+        *pipelines.vectors(tiles, 3),
+        *pipelines.bounce(tiles),
     )
-    params = jnp.stack((scale, bias, jnp.broadcast_to(eps, scale.shape)))
-    y, _, _, _, shift, offset, m2 = launch_p.bind(*arrays, params, launch=launch)
+    y, _, _, _, *totals = call(
+        _fwd_fused_kernel,
+        tiles,
+        arrays,
+        [jnp.stack((scale, bias, jnp.broadcast_to(eps, scale.shape)))],
+        (x.dtype,),
+        (*_partials(tiles, 3), *_totals(tiles, 3)),
+        scratch,
+        interpret=interpret,
+        options={"activation": activation},
+        batchable=tiles.num_chunks == 1,
+    )
+    shift, offset, m2 = (total[:channels] for total in totals)
     return y.reshape(x.shape), Stats(jnp.full_like(shift, float(rows)), shift, offset, m2)
 
 
@@ -192,45 +201,62 @@ def bwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Array | None, Array, Array] | None:
-    """(dx, dresidual, sum dz, sum dz * (x - mean)) by one launch, or None where the cache does not
-    hold what it reads twice.
+    """(dx, dresidual, sum dz, sum dz * (x - shift)) from one launch.
 
-    d_stats: the cotangents of the batch's mean and biased variance.
+    None where the L2 cache does not hold what the kernel reads twice, or JAX is too old.
+
+    Args:
+        offset: the batch's mean is affine.shift + offset.
+        d_stats: the cotangents of the batch's mean and biased variance.
+        The others are as for the other functions of `seam`.
     """
     del axis
     rows, channels = math.prod(x.shape[:-1]), x.shape[-1]
     arrays = [a.reshape(rows, channels) for a in (x, dy, saved) if a is not None]
     dtypes = gpu.cotangent_dtypes(x, activation, residual_dtype)
     itemsizes = tuple(d.itemsize for d in (*(a.dtype for a in arrays), *dtypes))
-    ring = blocks.twice(
-        rows, channels, itemsizes, len(arrays), _programs(device, interpret, channels, itemsizes[0])
-    )
-    if ring is None:
+    programs = _programs(device, interpret)
+    tiles = blocks.twice(rows, channels, itemsizes, len(arrays), programs)
+    if tiles is None or not _HAS_SCOPED_SEMAPHORES:
         return None
-    leaving = ("leaving", tuple(plgpu.SMEM(ring.slots, d) for d in dtypes))
-    scratch = (*in_flight(ring, arrays), *_vectors(ring, 7), leaving)
-    shapes = (*(arrays[0].shape,) * len(dtypes), *(_partial_shape(ring),) * 2, *((channels,),) * 2)
-    options = (("activation", activation), ("num_inputs", len(arrays)))
-    all_dtypes = (*dtypes, *(jnp.dtype(jnp.float32),) * 4)
-    launch = Launch(_bwd_fused_kernel, ring, shapes, all_dtypes, scratch, options, interpret)
-    vectors = jnp.stack((*affine, offset, rstd, *d_stats))
-    *large, _, _, sum_dz, sum_dz_x = launch_p.bind(*arrays, vectors, launch=launch)
-    return *gpu.cotangents(large, x, dy, residual_dtype), sum_dz, sum_dz_x
+    scratch = (
+        *pipelines.slots(tiles, arrays),
+        *pipelines.vectors(tiles, 7),
+        *pipelines.bounce(tiles),
+        *pipelines.result_slots(tiles, dtypes),
+    )
+    *cotangents, _, _, sum_dz, sum_dz_x = call(
+        _bwd_fused_kernel,
+        tiles,
+        arrays,
+        [jnp.stack((*affine, offset, rstd, *d_stats))],
+        dtypes,
+        (*_partials(tiles, 2), *_totals(tiles, 2)),
+        scratch,
+        interpret=interpret,
+        options={"activation": activation, "num_inputs": len(arrays)},
+        batchable=tiles.num_chunks == 1,
+    )
+    dx, dresidual = gpu.cotangents(cotangents, x, dy, residual_dtype)
+    return dx, dresidual, sum_dz[:channels], sum_dz_x[:channels]
 
 
-def _programs(device, interpret, channels, itemsize):
-    """How many run at once; in interpret mode, which knows no barriers across the grid, one for each tile of columns."""
-    if not interpret:
-        return device.cores - blocks.SM_MARGIN
-    return channels // math.gcd(channels, blocks.warp_lanes(itemsize))
+_HAS_SCOPED_SEMAPHORES = jax.__version_info__ >= (0, 11)
 
 
-def _partial_shape(ring):
-    """[chunks, channels], of whole register tiles."""
-    return -(-ring.num_chunks // ring.register_rows) * ring.register_rows, ring.width
+def _programs(device, interpret):
+    """How many programs may wait for each other, as `blocks.resident` takes it.
+
+    Interpret mode knows no barrier across the grid, so there no program may wait for another.
+    """
+    return None if interpret else device.cores - blocks.SM_MARGIN
 
 
-def _vectors(ring, number):
-    yield "vectors", plgpu.SMEM((number, ring.block_cols), jnp.float32)
-    yield "bounce", plgpu.SMEM((ring.register_rows, ring.block_cols), jnp.float32)
-    yield "arrived", plgpu.Barrier()
+def _partials(tiles, number):
+    """Shape and dtype of results with a row for each chunk, in whole tiles of registers."""
+    rows = -(-tiles.num_chunks // tiles.register_rows) * tiles.register_rows
+    return (((rows, tiles.padded_width), jnp.float32),) * number
+
+
+def _totals(tiles, number):
+    return (((tiles.padded_width,), jnp.float32),) * number

@@ -1,11 +1,16 @@
-"""The four functions of a GPU backend, from its kernels: arrays folded, vectors stacked, partial results merged."""
+"""The four functions of a GPU backend, made from its kernels.
 
+Here arrays are widened, vectors are stacked, and partial results are merged.  Also how a launch
+becomes a primitive of JAX.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType
@@ -15,16 +20,16 @@ from jbn.kernels.seam import Affine, Stats, StatsGradient
 
 
 class Backend(NamedTuple):
-    """A kernel for each function, and how to launch one.
+    """A kernel for each of the four functions, and how to launch them.
 
-    Arrays are folded to [rows, width], where width is a multiple of lanes(itemsize) if it can be;
-    vectors are [vectors, width].
+    Arrays reach a launch as [rows, width], where rows are put side by side until the width is a
+    multiple of lanes(itemsize), if that is possible; vectors reach it as [vectors, width].
 
-        reduce(kernel, arrays, vectors, num_results, interpret, **options) -> (blocks, partials
-        [num_chunks, width]) map(kernel, arrays, vectors, dtypes, interpret, **options) -> results
-        [rows, width]
+        reduce(kernel, arrays, vectors, num_results, interpret, **options)
+            -> (tiles, partial results [num_chunks, width])
+        map(kernel, arrays, vectors, dtypes, interpret, **options) -> results [rows, width]
 
-    blocks: how the rows were cut, with `rows`, `chunk_rows` and `num_chunks`.
+    `tiles` tells how the rows were divided: by `rows`, `chunk_rows` and `num_chunks`.
     """
 
     fwd_stats_kernel: Callable
@@ -44,13 +49,13 @@ class Backend(NamedTuple):
         axis: tuple[int, ...],
         interpret: bool,
     ) -> Stats:
-        """Count, mean and m2 of each channel; the kernel finds shifts of its own."""
+        """Count, mean and m2 of each channel; the kernel chooses shifts of its own."""
         del shift, axis
         assert weights is None, "weighted statistics run on XLA"
-        (folded,), factor = self._widened(x)
-        blocks, partials = self.reduce(self.fwd_stats_kernel, [folded], [], 3, interpret)
+        arrays, factor = self._widened(x)
+        tiles, partials = self.reduce(self.fwd_stats_kernel, arrays, [], 3, interpret)
         rows = jnp.minimum(
-            blocks.chunk_rows, blocks.rows - blocks.chunk_rows * jnp.arange(blocks.num_chunks)
+            tiles.chunk_rows, tiles.rows - tiles.chunk_rows * jnp.arange(tiles.num_chunks)
         )
         counts = jnp.repeat(rows.astype(jnp.float32), factor)
         return pallas.merge(counts, *pallas.narrow(partials, factor))
@@ -66,7 +71,7 @@ class Backend(NamedTuple):
         dtype,
         interpret: bool,
     ) -> Array:
-        """y = activation((x - mean) * gain + bias + residual)."""
+        """y = activation((x - shift) * gain + bias + residual)."""
         del axis
         arrays, factor = self._widened(x, residual)
         vectors = [_stack(affine, factor)]
@@ -85,14 +90,14 @@ class Backend(NamedTuple):
         x: Array,
         dy: Array,
         affine: Affine,
+        saved: Array | None,
+        weights: Array | None,
         *,
-        saved,
-        weights,
         axis,
         activation,
         interpret: bool,
     ) -> tuple[Array, Array]:
-        """The per-channel sums of dz and of dz * (x - mean)."""
+        """The per-channel sums of dz and of dz * (x - shift)."""
         del axis
         assert weights is None, "weighted sums run on XLA"
         arrays, factor = self._widened(x, dy, saved)
@@ -108,22 +113,21 @@ class Backend(NamedTuple):
         x: Array,
         dy: Array,
         affine: Affine,
-        *,
         stats_gradient: StatsGradient | None,
-        saved,
-        weights,
+        saved: Array | None,
+        weights: Array | None,
+        *,
         axis,
         activation,
         residual_dtype,
         interpret: bool,
     ) -> tuple[Array, Array | None]:
-        """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
+        """dx = gain * dz + intercept + slope * (x - shift); and dz, the residual's cotangent."""
         del axis
         assert weights is None, "weighted gradients run on XLA"
         arrays, factor = self._widened(x, dy, saved)
-        stats_gradient = (
-            (jnp.zeros_like(affine.gain),) * 2 if stats_gradient is None else stats_gradient
-        )
+        if stats_gradient is None:
+            stats_gradient = StatsGradient(*(jnp.zeros_like(affine.gain),) * 2)
         vectors = [_stack((*affine, *stats_gradient), factor)]
         dtypes = cotangent_dtypes(x, activation, residual_dtype)
         options = {"activation": activation, "num_inputs": len(arrays)}
@@ -135,7 +139,7 @@ class Backend(NamedTuple):
         )
 
     def _widened(self, x, *others):
-        """([those that there are, folded], by how many rows)."""
+        """The arrays that are not None, as [rows / factor, factor * channels], and the factor."""
         channels = x.shape[-1]
         factor = pallas.widening(x.size // channels, channels, self.lanes(x.dtype.itemsize))
         return [pallas.widen(a, factor) for a in (x, *others) if a is not None], factor
@@ -144,7 +148,10 @@ class Backend(NamedTuple):
 def cotangent_dtypes(
     x: Array, activation: Callable | None, residual_dtype: Any
 ) -> tuple[jnp.dtype, ...]:
-    """Of what a kernel stores: dx, and dz for the residual. Without an activation dz is dy: nothing to compute."""
+    """The dtypes of what a backward kernel stores: dx, and dz if the residual's gradient needs it.
+
+    Without an activation dz is dy, so there is nothing to store.
+    """
     separate = residual_dtype is not None and activation is not None
     return (x.dtype, jnp.dtype(residual_dtype)) if separate else (x.dtype,)
 
@@ -152,7 +159,7 @@ def cotangent_dtypes(
 def cotangents(
     stored: Sequence[Array], x: Array, dy: Array, residual_dtype: Any
 ) -> tuple[Array, Array | None]:
-    """(dx, dresidual) of what a kernel stored, in the dtypes of `cotangent_dtypes`."""
+    """(dx, dresidual) from what a kernel stored, in the dtypes of `cotangent_dtypes`."""
     dx, *dz = (a.reshape(x.shape) for a in stored)
     if residual_dtype is None:
         return dx, None
@@ -160,41 +167,44 @@ def cotangents(
 
 
 def _stack(vectors, factor):
-    """Per-channel vectors as one operand [vectors, width]: one small fusion of XLA's, however many there are."""
+    """Per-channel vectors as one operand [vectors, width], which costs XLA one small fusion."""
     return jnp.tile(jnp.stack(vectors), (1, factor))
 
 
 def launch_primitive(name: str, lower: Callable) -> Primitive:
-    """A primitive for the launches of a GPU backend: `bind(*operands, launch=launch)` is
-    launch(*operands), lowered apart.
+    """A primitive that runs a kernel: `bind(*operands, launch=launch)` is launch(*operands).
 
-    Interpret mode mixes arrays that vary over manual mesh axes with its own constants; shard_map's
-    check of that is long passed at lowering, and would refuse it before.
+    Being a primitive, it is expanded only when it is lowered.  The interpreter mixes arrays that
+    vary over manual mesh axes with constants that do not, which shard_map's check of the types
+    would refuse; at lowering that check is over.
 
     Args:
         name: of the primitive.
-        lower: lower(context, launch, *operands) -> the values of `mlir.lower_fun`.
+        lower: lower(context, launch, *operands) returns what `mlir.lower_fun` returns.
 
-    A launch is hashable, and has the `shapes` of its results and `interpret`.
+    A launch is hashable and callable, and has the attributes `shapes` (of its results), `interpret`
+    and `batchable`.  Under vmap a batchable launch becomes one launch with a larger grid; any other
+    runs in a loop.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     jitted = jax.jit(primitive.bind, static_argnames="launch")
 
-    @primitive.def_impl
-    def _(*operands, launch):
+    def run_eagerly(*operands, launch):
         with jax.disable_jit(False):
             return jitted(*operands, launch=launch)
 
-    @primitive.def_abstract_eval
-    def _(*avals, launch):
-        # plgpu.kernel forgets what its results vary over.
-        found = jax.make_jaxpr(launch)(*avals).out_avals
-        return [aval.update(manual_axis_type=avals[0].manual_axis_type) for aval in found]
+    def result_types(*avals, launch):
+        # plgpu.kernel forgets over which mesh axes its results vary.
+        out_avals = jax.make_jaxpr(launch)(*avals).out_avals
+        return [aval.update(manual_axis_type=avals[0].manual_axis_type) for aval in out_avals]
 
     def batch(operands, dims, *, launch):
-        batched = _Batched(launch, tuple(dims))
-        return primitive.bind(*operands, launch=batched), [0] * len(launch.shapes)
+        if launch.batchable:
+            out = primitive.bind(*operands, launch=_Batched(launch, tuple(dims)))
+        else:
+            out = _one_by_one(functools.partial(primitive.bind, launch=launch), operands, dims)
+        return out, [0] * len(out)
 
     def lowering(context, *operands, launch):
         unvarying = lambda avals: [aval.update(manual_axis_type=ManualAxisType()) for aval in avals]
@@ -203,13 +213,35 @@ def launch_primitive(name: str, lower: Callable) -> Primitive:
         )
         return lower(context, launch, *operands)
 
+    primitive.def_impl(run_eagerly)
+    primitive.def_abstract_eval(result_types)
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, lowering)
     return primitive
 
 
+def _one_by_one(fn, operands, dims):
+    """As jax.vmap(fn, dims), but one member of the mapped axis after the other."""
+    mapped = [
+        jnp.moveaxis(operand, dim, 0)
+        for operand, dim in zip(operands, dims, strict=True)
+        if dim is not None
+    ]
+
+    def run(members):
+        remaining = iter(members)
+        return fn(
+            *(
+                operand if dim is None else next(remaining)
+                for operand, dim in zip(operands, dims, strict=True)
+            )
+        )
+
+    return lax.map(run, mapped)
+
+
 class _Batched(NamedTuple):
-    """A launch for each of operands mapped over in_axes."""
+    """A launch for each member of the operands' mapped axes, as one launch with a larger grid."""
 
     launch: Any
     in_axes: tuple
@@ -221,6 +253,10 @@ class _Batched(NamedTuple):
     @property
     def interpret(self):
         return self.launch.interpret
+
+    @property
+    def batchable(self):
+        return self.launch.batchable
 
     def __call__(self, *operands):
         return jax.vmap(self.launch, self.in_axes, 0)(*operands)

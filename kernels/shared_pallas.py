@@ -1,4 +1,4 @@
-"""What the Pallas backends share: how an array reaches a kernel, and how the partial results of one become the whole."""
+"""What the Pallas backends share: how an array reaches a kernel, and how partial results merge."""
 
 import math
 from typing import Any
@@ -12,7 +12,10 @@ from jbn.kernels.seam import Stats, round_shift
 
 
 def out_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result that differs over the same manual mesh axes as x, so that shard_map's default check passes."""
+    """The type of a result that varies over the same manual mesh axes as x.
+
+    With it shard_map's default check (check_vma) passes.
+    """
     return jax.ShapeDtypeStruct(
         shape,
         dtype,
@@ -21,18 +24,17 @@ def out_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStru
 
 
 def channels_last(shape: tuple[int, ...], axis: tuple[int, ...]) -> str | None:
-    """Why a kernel on [rows, channels] cannot take an array of this shape without moving it, or None."""
+    """Why a kernel on [rows, channels] cannot take an array of this shape as it lies, or None."""
     if axis != (len(shape) - 1,):
         return f"takes channels last, not axis {axis} of {len(shape)}"
     return "has nothing to do on an empty array" if 0 in shape else None
 
 
 def widening(rows: int, channels: int, lanes: int) -> int:
-    """How many rows to put side by side so that their width is a multiple of `lanes`, a power of
-    two.
+    """How many rows to put side by side so that their width is a multiple of `lanes`.
 
-    [rows, channels] as [rows / k, k * channels] is the same memory.  Where rows has too few factors
-    of two, the width comes as near as it can.
+    [rows, channels] and [rows / k, k * channels] are the same memory.  `lanes` is a power of two.
+    Where rows has too few factors of two, the width comes as near to a multiple as it can.
     """
     factor = lanes // math.gcd(lanes, channels)
     return math.gcd(factor, rows)
@@ -51,9 +53,9 @@ def narrow(partials: Any, factor: int) -> Any:
 def merge(counts: Array, shift: Array, offset: Array, m2: Array) -> Stats:
     """Statistics of the union of parts; the mean of a part is its shift + offset.
 
-    The new shift is the mean of all parts to float32 precision, the new offset what that leaves; so
-    neither depends on the order of the parts beyond rounding (Chan, Golub & LeVeque 1979, for many
-    parts at once).
+    The new shift is the mean of all parts in float32, and the new offset is the remainder.  So
+    neither depends on the order of the parts, except for rounding.  (Chan, Golub & LeVeque 1979,
+    for many parts at once.)
 
     Args:
         counts: [parts], how many rows each part has.

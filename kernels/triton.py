@@ -1,12 +1,13 @@
 """The four functions as Pallas Triton kernels, for Ampere and newer.
 
-A channels-last array is seen as [rows, channels], and folded so that its width is a multiple of 128
-bytes.  Programs walk down tiles; those of a reduction leave one partial result per chunk of rows,
-and XLA merges the chunks: no atomics, the same bits
-every time.  `interpret=True` runs the kernels on any platform.
+A channels-last array is seen as [rows, channels], and rows are put side by side until the width is
+a multiple of 128 bytes (`shared_pallas.widen`).  Programs go down tiles.  Reductions leave one
+partial result per chunk of rows, and XLA merges the chunks: there are no atomics, so the same bits
+come out every time.  `interpret=True` runs the kernels on any platform.
 """
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,63 +25,80 @@ from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, pre_activation, through_activation
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Data-center cards, then the others by series, as CUDA calls them.
+_BEFORE_AMPERE = re.compile(
+    r"\b(T4G?|[MPV]100S?|[MP](4|6|10|40|60))\b|\b(RTX 20\d{2}|Quadro RTX|GTX|TITAN)\b"
+)
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> str | None:
-    """Why the kernels cannot take such an x (a phrase with the implementation for its subject), or None."""
+    """Why the kernels cannot take an x of this shape, dtype and feature axes; None if they can.
+
+    The reason is a phrase that goes on after "implementation 'triton'".
+    """
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
     return pallas.channels_last(shape, axis)
+
+
+def unsupported_device(kind: str) -> str | None:
+    """Why the kernels cannot be lowered for such a device, a phrase as above; None if they can."""
+    if _BEFORE_AMPERE.search(kind) is None:
+        return None
+    return (
+        f"needs compute capability 8.0 (Ampere) or newer, which {kind} has not: "
+        "use implementation=None"
+    )
 
 
 # Kernel bodies.
 
 
 def _fwd_stats_kernel(x_ref, shift_ref, offset_ref, m2_ref, *, tiles: Tiles):
-    """Of one chunk: the mean as shift + offset, and m2. The shift is the mean of its first tile.
+    """The statistics of one chunk: the mean as shift + offset, and m2.
 
-    A single far-off value among the rows of that tile moves the shift by 1 / block_rows of its
-    distance only, in one chunk.
+    The shift is the mean of the chunk's first tile.  A single outlier among the rows of that tile
+    moves the shift by 1 / block_rows of its distance only, and only in this chunk.
     """
-    here = _Place.of_program(tiles)
-    shift = _float32(here.load(x_ref, 0)).sum(0) / here.count(tiles.block_rows)
+    program = _Program.of_this_launch(tiles)
+    shift = _float32(program.load(x_ref, 0)).sum(0) / program.count(tiles.block_rows)
 
     def add(t, x, sums):
-        d = here.keep_rows(t, _float32(x) - shift[None])
+        d = program.keep_rows(t, _float32(x) - shift[None])
         return sums[0] + d, sums[1] + d * d
 
-    total, squares = here.accumulate(add, x_ref)
-    offset = total / here.count(tiles.chunk_rows)
-    here.store_partial(shift_ref, shift)
-    here.store_partial(offset_ref, offset)
-    here.store_partial(m2_ref, squares - total * offset)
+    total, squares = program.accumulate(add, x_ref)
+    offset = total / program.count(tiles.chunk_rows)
+    program.store_partial(shift_ref, shift)
+    program.store_partial(offset_ref, offset)
+    program.store_partial(m2_ref, squares - total * offset)
 
 
 def _bwd_stats_kernel(*refs, tiles: Tiles, activation):
-    """Of one chunk: the sums of dz and of dz * (x - shift)."""
+    """The sums over one chunk of dz and of dz * (x - shift)."""
     *arrays, vectors_ref, sum_dz_ref, sum_dz_x_ref = refs
-    here = _Place.of_program(tiles)
-    affine = here.load_affine(vectors_ref)
+    program = _Program.of_this_launch(tiles)
+    affine = program.load_affine(vectors_ref)
 
     def add(t, x, dy, *saved_and_sums):
         *saved, sums = saved_and_sums
-        # Beyond the end x is read as zero, where the derivative of an activation may overflow.
-        dz = here.keep_rows(t, _dz(x, dy, affine, saved, activation))
+        # The rows beyond the end read as x = 0, where an activation's derivative may overflow.
+        dz = program.keep_rows(t, _dz(x, dy, affine, saved, activation))
         return sums[0] + dz, sums[1] + dz * (_float32(x) - affine.shift)
 
-    total, total_x = here.accumulate(add, *arrays)
-    here.store_partial(sum_dz_ref, total)
-    here.store_partial(sum_dz_x_ref, total_x)
+    total, total_x = program.accumulate(add, *arrays)
+    program.store_partial(sum_dz_ref, total)
+    program.store_partial(sum_dz_x_ref, total_x)
 
 
 def _fwd_apply_kernel(*refs, tiles: Tiles, activation):
     *arrays, vectors_ref, y_ref = refs
-    here = _Place.of_program(tiles)
-    affine = here.load_affine(vectors_ref)
-    loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
+    program = _Program.of_this_launch(tiles)
+    affine = program.load_affine(vectors_ref)
+    loaded = [[program.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
     for t, (x, *residual) in enumerate(loaded):
         z = pre_activation(_float32(x), affine, *map(_float32, residual))
-        here.store(y_ref, t, z if activation is None else activation(z))
+        program.store(y_ref, t, z if activation is None else activation(z))
 
 
 def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
@@ -89,15 +107,17 @@ def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
         refs[num_inputs],
         refs[num_inputs + 1 :],
     )
-    here = _Place.of_program(tiles)
-    affine = here.load_affine(vectors_ref)
-    slope, intercept = here.load_vectors(vectors_ref, 3, 5)
-    loaded = [[here.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
+    program = _Program.of_this_launch(tiles)
+    affine = program.load_affine(vectors_ref)
+    slope, intercept = program.load_vectors(vectors_ref, 3, 5)
+    loaded = [[program.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
     for t, (x, dy, *saved) in enumerate(loaded):
         dz = _dz(x, dy, affine, saved, activation)
-        here.store(dx_ref, t, affine.gain * dz + ((_float32(x) - affine.shift) * slope + intercept))
+        program.store(
+            dx_ref, t, affine.gain * dz + ((_float32(x) - affine.shift) * slope + intercept)
+        )
         for dz_ref in dz_refs:
-            here.store(dz_ref, t, dz)
+            program.store(dz_ref, t, dz)
 
 
 def _dz(x, dy, affine, saved, activation):
@@ -109,7 +129,7 @@ def _float32(x):
     return x.astype(jnp.float32)
 
 
-class _Place(NamedTuple):
+class _Program(NamedTuple):
     """The chunk of rows and the tile of columns that one program works on."""
 
     tiles: Tiles
@@ -118,9 +138,9 @@ class _Place(NamedTuple):
     column: Array  # where the tile begins
 
     @classmethod
-    def of_program(cls, tiles):
-        # Columns vary fastest over programs: those in flight together read adjacent lines of the
-        # same rows.
+    def of_this_launch(cls, tiles):
+        # Columns vary fastest from program to program, so that programs which run at the same time
+        # read adjacent lines of the same rows.
         chunk, column = pl.program_id(1), pl.program_id(0)
         return cls(tiles, chunk, chunk * tiles.chunk_rows, column * tiles.block_cols)
 
@@ -149,7 +169,12 @@ class _Place(NamedTuple):
         plt.store(ref.at[self.chunk, self._cols()], vector, mask=self._cols_mask())
 
     def accumulate(self, add: Callable, *refs):
-        """Two float32 sums over all tiles, where add(t, *tile of each ref, sums) -> sums; the sums over rows of the results."""
+        """Two vectors of float32 sums over the rows of all tiles.
+
+        Args:
+            add: sums = add(t, *tile t of each ref, sums), where sums is a pair of tiles.
+            refs: the arrays.
+        """
         tiles = self.tiles
 
         def step(i, sums):
@@ -164,11 +189,11 @@ class _Place(NamedTuple):
         return [s.sum(0) for s in sums]
 
     def count(self, rows):
-        """How many of the chunk's first rows there are."""
+        """How many of the chunk's first `rows` rows exist."""
         return jnp.minimum(self.tiles.rows - self.row, rows).astype(jnp.float32)
 
     def keep_rows(self, t, values):
-        """Zero for rows beyond the end."""
+        """Replace the rows beyond the end of the array by zero."""
         return jnp.where(self._rows_mask(t), values, 0.0) if self.tiles.ragged_rows else values
 
     def _rows(self, t):
@@ -217,7 +242,7 @@ def _map(kernel, arrays, vectors, dtypes, interpret, **options):
 
 
 class _Launch(NamedTuple):
-    """One pallas_call; hashable, so that it can be the parameter of a primitive."""
+    """One pallas_call. It is hashable, so that it can be the parameter of a primitive."""
 
     kernel: Callable
     tiles: Tiles
@@ -225,6 +250,7 @@ class _Launch(NamedTuple):
     dtypes: tuple
     options: tuple[tuple[str, Any], ...]
     interpret: bool
+    batchable: bool = True  # see shared_gpu.launch_primitive
 
     def __call__(self, *operands):
         tiles = self.tiles
@@ -244,8 +270,8 @@ class _Launch(NamedTuple):
 
 
 def _lower(context, launch, *operands):
-    # JAX 0.11 deprecated the Triton backend and says so whenever a kernel is lowered; the reader of
-    # that warning could do nothing about it.
+    # Since JAX 0.11 deprecated the Triton backend, it warns whenever a kernel is lowered. Whoever
+    # reads that warning cannot do anything about it.
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning

@@ -262,7 +262,11 @@ def _program(call: _Call | _OneKernel, module: Any, avals: Any, is_spread: bool)
     # On TPU there is no hook to ask through how x is split (jax#38196), nor in what is exported.
     # There XLA splits the local program, and TPU merges the all-reduces that this makes.
     exported = len(module.platforms) > 1 or module.lowering_parameters.for_export
-    if not is_spread or _is_alone(module) or exported or "tpu" in module.platforms:
+    # Inside custom_partitioning JAX loses the callbacks of Mosaic's interpreter; for them XLA
+    # gathers x on each device.
+    calls_back = call.implementation == "mosaic_gpu/interpret"
+    whole = exported or calls_back or "tpu" in module.platforms
+    if whole or not is_spread or _is_alone(module):
         return local
     return functools.partial(_over_devices, call, local)
 

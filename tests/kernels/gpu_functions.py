@@ -1,4 +1,4 @@
-"""The four functions of the GPU kernels as tests run them: forward and backward, compiled for cards that are not here."""
+"""The GPU kernels as tests run them: forward and backward, compiled for cards that are not here."""
 
 import warnings
 
@@ -45,19 +45,14 @@ def backward(kernels, activation, with_residual, x, affine, dy, residual):
     )
 
 
-def both(*arguments):
-    return forward(*arguments), backward(*arguments)
-
-
 def compiled(target, fn, shape, dtype, **options):
-    """fn(x, affine, dy, residual), one of the above with its first arguments bound."""
+    """Compile fn(x, affine, dy, residual): a function above with its first arguments bound."""
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
     # XLA gives up where a register of a Triton kernel is spilled.
     options["xla_gpu_fail_ptx_compilation_on_register_spilling"] = True
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error", DeprecationWarning
-        )  # that of the Triton backend is silenced where it arises
+        # That the Triton backend is deprecated is silenced where the warning arises.
+        warnings.simplefilter("error", DeprecationWarning)
         return targets.compile_for(
             target, fn, x, Affine(*[vector] * 3), x, x, compiler_options=options
         )

@@ -1,4 +1,4 @@
-"""The cases every kernel is run on in interpret mode, and the comparison with the float64 oracle that all backends share."""
+"""The cases on which every kernel is interpreted, and its comparison with the float64 oracle."""
 
 import itertools
 from typing import NamedTuple
@@ -14,12 +14,12 @@ import jbn
 CHANNELS = (1, 3, 8, 24, 64, 80, 96, 112, 192, 320, 1000, 1280, 2048)
 ROWS = (2, 5, 63, 256, 1000, 12544)
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
-# What each dtype resolves with a standard deviation of 1: one float32 ulp at 1e4 is 1e-3, one
-# bfloat16 ulp at 10 is 2^-4.
+# A mean at which the dtype still resolves a standard deviation of 1: one float32 ulp at 1e4 is
+# 1e-3, one bfloat16 ulp at 10 is 2^-4.
 MEANS = {"float32": 1e4, "bfloat16": 10.0, "float16": 100.0}
-# Rounding a result to x's dtype, half an ulp; float32 results are compared to ACCURACY alone.
+# Half an ulp, from rounding a result to x's dtype. For float32 results ACCURACY is all.
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-ACCURACY = 1e-5  # of the size of the array: of float32 arithmetic, whatever the dtype
+ACCURACY = 1e-5  # relative to the size of the array; arithmetic is float32 for every dtype
 DEFAULT_SIZE = 5e5  # elements; larger arrays only under -m grid
 
 
@@ -41,7 +41,10 @@ class Case(NamedTuple):
 
 
 def pairwise() -> list[Case]:
-    """Each (channels, rows) once, from small to large; the rest chosen so that every pair of values of two fields occurs."""
+    """Each (channels, rows) once, from small to large.
+
+    The other fields are chosen such that every pair of values of two fields occurs.
+    """
     uncovered = set()
     for pair in itertools.product(_OPTIONS, itertools.product(CHANNELS, ROWS)):
         uncovered |= _pairs(Case(*pair[1], *pair[0]))
@@ -56,7 +59,7 @@ def pairwise() -> list[Case]:
 
 
 def parameters() -> list:
-    """For `pytest.mark.parametrize("case", ...)`: the small pairwise cases, and all the others under `-m grid`."""
+    """For `pytest.mark.parametrize("case", ...)`: small pairwise cases; all under `-m grid`."""
     small = [case for case in pairwise() if case.channels * case.rows <= DEFAULT_SIZE]
     grid = itertools.product(
         CHANNELS, ROWS, ("float32", "bfloat16"), (None, "relu"), (False, True), (True,)
@@ -71,14 +74,16 @@ def parameters() -> list:
 
 
 def check(implementation: str, case: Case, shape: tuple[int, ...] | None = None) -> None:
-    """Forward and backward of `batch_norm_train` against the oracle; `shape`: of x, if not [rows, channels]."""
+    """Compare forward and backward of `batch_norm_train` with the oracle.
+
+    shape: of x, if it is not [rows, channels].
+    """
     x, dy, residual, scale, bias = _inputs(case)
     known = {"activation": case.activation, "residual": residual}
     y, m = oracle.forward(x, scale, bias, **known)
     z, _ = oracle.forward(x, scale, bias, residual=residual)
     z_size = np.abs(z).max()
-    # Within rounding of zero, which side of relu z lies on is anybody's guess: no cotangent from
-    # there.
+    # Where z is zero up to rounding, relu may go either way: no cotangent comes from there.
     dy = np.where(np.abs(z) <= 4 * ACCURACY * z_size, np.zeros_like(dy), dy)
     want = oracle.backward(x, dy, scale, bias, **known)
 
@@ -88,8 +93,8 @@ def check(implementation: str, case: Case, shape: tuple[int, ...] | None = None)
     _close("y", got_y, y, rounding, z_size)
     _close("mean", state.mean, m.mean, 2.0**-23, np.sqrt(var).max())
     _close("var", state.var, var, ACCURACY, 0.0)
-    # dx is the difference of terms of the size of gain * dz, which for few rows cancel; the sums
-    # are random walks.
+    # dx is a difference of terms of the size of gain * dz, which cancel where rows are few. The
+    # sums grow like random walks.
     rstd = 1 / np.sqrt(var + 1e-5)
     _close("dx", got["x"], want.x, rounding, np.abs(scale * rstd * want.residual).max())
     xhat = (np.asarray(x, np.float64) - m.mean) * rstd
@@ -156,10 +161,11 @@ def _run(implementation, case, shape, x, dy, residual, scale, bias):
 
 
 def _close(name, got, want, rounding, size):
-    """|got - want| <= rounding * |want| + ACCURACY * size, where `size` is that of the terms of the result."""
+    """|got - want| <= rounding * |want| + ACCURACY * size: the size of the terms of the result."""
     error = np.abs(np.asarray(got, np.float64) - want) - rounding * np.abs(want)
     worst = np.unravel_index(np.argmax(np.where(np.isfinite(error), error, np.inf)), error.shape)
     assert error[worst] <= ACCURACY * size, (
-        f"{name}{list(map(int, worst))} is {float(np.asarray(got, np.float64)[worst])}, the oracle says {want[worst]}: "
+        f"{name}{list(map(int, worst))} is {float(np.asarray(got, np.float64)[worst])}, "
+        f"the oracle says {want[worst]}: "
         f"{error[worst] / (size or 1):.2g} of its size {size:.3g} beyond rounding"
     )

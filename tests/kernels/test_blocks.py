@@ -1,4 +1,7 @@
-"""Block shapes: every element in one tile, the numbers a card wants, and nothing masked that need not be."""
+"""Block shapes: every element lies in one tile, and tiles have the sizes that a card wants.
+
+Nothing is masked that need not be.
+"""
 
 import itertools
 import math
@@ -8,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jbn.kernels import blocks
+from jbn.kernels import blocks, mosaic_gpu, triton
 from jbn.kernels import shared_pallas as pallas
 
 SIZES = list(
@@ -84,15 +87,19 @@ def test_tiles_of_a_reduction(sizes, tiles):
     assert blocks.reduced(*sizes) == tiles
 
 
-def test_fewer_multiprocessors_get_longer_chunks():
-    assert (
-        blocks.reduced(12544, 1024, 2, num_sms=66).num_tiles
-        > blocks.reduced(12544, 1024, 2).num_tiles
-    )
+def test_empty_arrays_are_refused_before_they_get_tiles():
+    """And tiles of them, should somebody ask, are no division by zero."""
+    for shape in [(0, 64), (8, 0), (0, 0)]:
+        for kernels in (triton, mosaic_gpu):
+            assert "empty" in kernels.unsupported(shape, np.dtype("float32"), (1,))
+        assert blocks.reduced(*shape, 4).num_chunks * blocks.mapped(*shape, 4).num_columns == 0
+        assert blocks.pipelined(*shape, (4, 4)).num_chunks * shape[1] == 0
+        assert blocks.resident(*shape, (4,), 128) is None
+        assert blocks.twice(*shape, (4, 4, 4), 2, 128) is None
 
 
 @pytest.mark.parametrize("lanes", [32, 64, 128])
-def test_folding(lanes):
+def test_widening(lanes):
     for rows, channels in itertools.product(kernel_grid.ROWS, kernel_grid.CHANNELS):
         factor = pallas.widening(rows, channels, lanes)
         assert rows % factor == 0
@@ -101,11 +108,11 @@ def test_folding(lanes):
         assert factor == 1 or (factor // 2 * channels) % lanes, "a smaller factor would have done"
 
 
-def test_folded_rows_are_merged_again():
-    """Unequal parts of x about 1e4, folded by 4: the statistics of the whole in float64."""
+def test_widened_rows_are_merged_again():
+    """Unequal parts of x about 1e4, widened by 4: the statistics of the whole in float64."""
     x = np.random.default_rng(0).normal(1e4, 1, (1000, 24)).astype(np.float32)
-    folded = np.asarray(pallas.widen(x, 4), np.float64)
-    parts = [folded[:100], folded[100:107], folded[107:]]
+    wide = np.asarray(pallas.widen(x, 4), np.float64)
+    parts = [wide[:100], wide[100:107], wide[107:]]
     counts = np.repeat([len(part) for part in parts], 4).astype(np.float32)
     shift = np.stack([part[0] for part in parts]).astype(np.float32)
     offset = np.stack([(part - part[0]).mean(0) for part in parts]).astype(np.float32)
@@ -124,49 +131,56 @@ def test_folded_rows_are_merged_again():
 
 
 @pytest.mark.parametrize("itemsizes", [(2,), (4,), (2, 2, 2), (4, 4, 4, 4, 4), (2, 4), (4, 2)])
-def test_rings_cover_the_array_once_and_fit_shared_memory(itemsizes):
+def test_pipelines_cover_the_array_once_and_fit_shared_memory(itemsizes):
     for (rows, channels, itemsize), least in itertools.product(
         SIZES, (1, blocks.MIN_REDUCED_TILES)
     ):
         if itemsize != itemsizes[0] or channels * math.gcd(rows, 8) % 8:
             continue
-        factor = pallas.widening(rows, channels, blocks.WARP * blocks.VECTOR_BYTES // itemsize)
-        ring = blocks.ring(rows // factor, factor * channels, itemsizes, least_tiles=least)
-        assert (
-            (ring.num_chunks - 1) * ring.chunk_rows < ring.rows <= ring.num_chunks * ring.chunk_rows
-        ), ring
-        assert (
-            (ring.num_columns - 1) * ring.block_cols
-            < ring.width
-            <= ring.num_columns * ring.block_cols
-        ), ring
-        assert ring.block_rows % ring.register_rows == 0, ring
-        assert max(ring.block_rows, ring.block_cols) <= blocks.MAX_TMA_BOX, ring
-        assert (
-            ring.register_rows * ring.block_cols == blocks.NUM_WARPS * blocks.WARP * ring.vector
-        ), ring
-        assert math.prod(ring.slots) * sum(itemsizes) <= 2 * blocks.RING_BYTES, ring
-        assert ring.num_chunks * ring.num_columns <= max(
-            blocks.RINGS_PER_SM * blocks.NUM_SMS, ring.num_columns
-        ), ring
+        factor = pallas.widening(rows, channels, blocks.warp_lanes(itemsize))
+        tiles = blocks.pipelined(rows // factor, factor * channels, itemsizes, least_tiles=least)
+        _check_pipeline(tiles)
+        assert (tiles.num_columns - 1) * tiles.block_cols < tiles.width <= tiles.padded_width, tiles
+        assert math.prod(tiles.slots) * sum(itemsizes) <= 2 * blocks.RING_BYTES, tiles
+        assert tiles.num_chunks * tiles.num_columns <= max(
+            blocks.RINGS_PER_SM * blocks.NUM_SMS, tiles.num_columns
+        ), tiles
 
 
-def test_fused_slabs_fit_the_programs_that_run_at_once():
+def _check_pipeline(tiles):
+    assert (tiles.num_chunks - 1) * tiles.chunk_rows < tiles.rows, tiles
+    assert tiles.rows <= tiles.num_chunks * tiles.chunk_rows, tiles
+    assert tiles.block_rows % tiles.register_rows == 0, tiles
+    assert max(tiles.block_rows, tiles.block_cols) <= blocks.MAX_TMA_BOX, tiles
+    threads = blocks.NUM_WARPS * blocks.WARP
+    assert tiles.register_rows * tiles.block_cols == threads * tiles.vector, tiles
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_fused_kernels_fit_the_programs_that_run_at_once(itemsize):
     programs = blocks.NUM_SMS - blocks.SM_MARGIN
-    ring = blocks.resident(12544, 1024, (2,), programs)
-    assert ring is not None
-    assert ring.steps == ring.num_tiles
-    for rows, channels, itemsize in SIZES:
-        slab, again = (
-            blocks.resident(rows, channels, (itemsize,), programs),
-            blocks.twice(rows, channels, (itemsize,) * 3, 2, programs),
-        )
-        for ring in filter(None, (slab, again)):
-            assert (
-                (ring.num_chunks - 1) * ring.chunk_rows < rows <= ring.num_chunks * ring.chunk_rows
-            ), ring
-            assert ring.num_columns * ring.block_cols == channels, ring
-            assert ring.num_chunks * ring.num_columns <= programs, ring
-            assert math.prod(ring.slots) * itemsize <= blocks.SLAB_BYTES, ring
+    for rows, channels in itertools.product(
+        (1, 5, 49, 99, 333, 1000, 12544), (8, 24, 40, 56, 64, 320, 616, 1000, 1024, 2048)
+    ):
+        slab = blocks.resident(rows, channels, (itemsize,), programs)
+        again = blocks.twice(rows, channels, (itemsize,) * 3, 2, programs)
+        for tiles in filter(None, (slab, again)):
+            _check_pipeline(tiles)
+            # Mosaic compiles tiles beyond the last column only if a row of a tile fills a warp.
+            whole = channels % tiles.block_cols == 0
+            assert whole or tiles.block_cols == blocks.warp_lanes(itemsize), tiles
+            assert tiles.padded_width < 2 * channels, tiles
+            assert tiles.num_chunks * tiles.num_columns <= programs, tiles
+            assert math.prod(tiles.slots) * itemsize <= blocks.SLAB_BYTES, tiles
+
+
+def test_fused_kernels_decline_what_does_not_fit():
+    programs = blocks.NUM_SMS - blocks.SM_MARGIN
+    tiles = blocks.resident(12544, 1024, (2,), programs)
+    assert tiles is not None
+    assert tiles.steps == tiles.num_tiles
     assert blocks.resident(25088, 1024, (2,), programs) is None
     assert blocks.twice(25088, 1024, (2, 2, 2), 2, programs) is None
+    for channels in (12, 77):
+        assert blocks.resident(64, channels, (2,), programs) is None
+    assert blocks.resident(64, 2048, (2,), programs=7) is None  # 8 tiles of columns

@@ -1,6 +1,7 @@
-"""What the Triton and the Mosaic GPU kernels have in common: in interpret mode against the oracle, and compiled."""
+"""What the Triton and the Mosaic GPU kernels have in common: interpreted, and compiled."""
 
 import functools
+from typing import NamedTuple
 
 import gpu_functions
 import jax
@@ -9,11 +10,12 @@ import kernel_grid
 import numpy as np
 import oracle
 import pytest
+from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
 import jbn
 from jbn.bench import targets
-from jbn.kernels import mosaic_gpu, triton
+from jbn.kernels import mosaic_gpu, shared_gpu, triton
 from jbn.kernels.seam import Affine
 
 KERNELS = {"triton": triton, "mosaic_gpu": mosaic_gpu}
@@ -68,7 +70,7 @@ def test_zero_first_row_before_many_at_a_large_mean(backend, rows):
 @interpreted
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nonfinite_first_row_stays_in_its_channels(backend, bad):
-    """Folded by 8 rows, so that neighbours in memory are other rows of the same channels."""
+    """Rows lie side by side in a tile, so that neighbours are other rows of the same channels."""
     x = np.random.default_rng(0).normal(100, 1, (256, 8)).astype(np.float32)
     x[0, :3] = bad
     mean, var, y = _stats(backend, x)
@@ -79,8 +81,29 @@ def test_nonfinite_first_row_stays_in_its_channels(backend, bad):
 
 
 @interpreted
+def test_rows_beyond_the_end_count_for_nothing(backend):
+    """Such rows read as x = 0: here that is z = -1e20, where the derivative of gelu is NaN.
+
+    All rows that exist have z = 0, where the derivative is 1/2.
+    """
+    far, rows, channels = 1e20, 37, 64
+    x = jnp.full((rows, channels), far, jnp.float32)
+    dy = jnp.asarray(np.random.default_rng(0).normal(1, 1, x.shape), jnp.float32)
+    vector = jnp.ones(channels, jnp.float32)
+    affine = Affine(far * vector, vector, 0 * vector)
+    sum_dz, sum_dz_x = KERNELS[backend].bwd_stats(
+        x, dy, affine, saved=None, weights=None, axis=(1,), activation=jax.nn.gelu, interpret=True
+    )
+    np.testing.assert_allclose(sum_dz, 0.5 * np.asarray(dy, np.float64).sum(0), rtol=1e-6)
+    np.testing.assert_array_equal(sum_dz_x, 0)
+
+
+@interpreted
 def test_dtypes_of_each_array_are_their_own(backend):
-    """x in bfloat16, y and dy in float32, the residual in float16; each cotangent in the dtype of what it belongs to."""
+    """x in bfloat16, y and dy in float32, the residual in float16.
+
+    Each cotangent has the dtype of the array that it belongs to.
+    """
     generator = np.random.default_rng(0)
     x = generator.standard_normal((96, 40)).astype(jnp.bfloat16)
     residual = generator.standard_normal(x.shape).astype(np.float16)
@@ -97,8 +120,8 @@ def test_dtypes_of_each_array_are_their_own(backend):
         layer = lambda x, residual: jbn.batch_norm_train(
             x, params, state, residual=residual, **known
         )[0]
-        y, stats_gradient = jax.vjp(layer, x, residual)
-        return y, *stats_gradient(dy)
+        y, pull = jax.vjp(layer, x, residual)
+        return y, *pull(dy)
 
     y, dx, dresidual = run(x, residual, dy)
     want_y, _ = oracle.forward(x, residual=residual, activation="silu")
@@ -163,15 +186,57 @@ def test_transformations(backend, transformed):
     for got, want in zip(
         jax.tree.leaves(run(f"{backend}/interpret")), jax.tree.leaves(run("xla")), strict=True
     ):
-        # Both round in float32, sums of 80 terms in another order; second derivatives multiply such
-        # sums.
+        # Both round in float32, but add 80 terms in another order. Second derivatives multiply
+        # such sums.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@interpreted
+@pytest.mark.parametrize("jit", [False, True])
+def test_named_vmap(backend, jit):
+    """Each example alone, with statistics over the named axis; without jit, too."""
+    x = np.random.default_rng(0).normal(3, 1, (3, 4, 16)).astype(np.float32)
+    params, state = jbn.init(16)
+
+    def layer(x):
+        known = {"axis_name": "batch", "implementation": f"{backend}/interpret"}
+        return jbn.batch_norm_train(x, params, state, **known)[0]
+
+    mapped = jax.vmap(layer, axis_name="batch")
+    y = (jax.jit(mapped) if jit else mapped)(x)
+    want = oracle.forward(x.reshape(12, 16))[0].reshape(x.shape)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5)
+
+
+class _Product(NamedTuple):
+    """A launch for `shared_gpu.launch_primitive`, of a kernel that is a product."""
+
+    shapes: tuple
+    interpret: bool
+    batchable: bool
+
+    def __call__(self, a, b):
+        return [a * b]
+
+
+@pytest.mark.parametrize("batchable", [True, False])
+def test_vmap_of_a_launch_makes_one_or_a_loop(batchable):
+    """A launch that is not batchable is never called with mapped operands."""
+    lower = lambda context, launch, *operands: mlir.lower_fun(launch, True)(context, *operands)
+    primitive = shared_gpu.launch_primitive(f"product_{batchable}", lower)
+    launch = _Product(((5,),), False, batchable)
+    product = lambda a, b: primitive.bind(a, b, launch=launch)[0]
+    a, b = np.random.default_rng(0).standard_normal((2, 5, 3, 2)).astype(np.float32)
+    mapped = jax.vmap(jax.vmap(product, (1, None)), (2, 1))
+    want = np.einsum("nij,nj->jin", a, b[:, 0])
+    np.testing.assert_allclose(jax.jit(mapped)(a, b[:, 0]), want, rtol=1e-6)
+    assert (" scan[" in str(jax.make_jaxpr(mapped)(a, b[:, 0]))) is not batchable
 
 
 @interpreted
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(backend, check_vma):
-    """Results vary as x does, so that the default check passes; statistics and gradients are the whole batch's."""
+    """Results vary as x does, so the default check passes; statistics are the whole batch's."""
     generator = np.random.default_rng(0)
     x, residual, dy = generator.standard_normal((3, 32, 3, 8)).astype(np.float32)
     params, state = jbn.init(8)
@@ -195,8 +260,8 @@ def test_shard_map(backend, check_vma):
 
     @jax.jit
     def run(params, x, residual, dy):
-        y, stats_gradient, _ = jax.vjp(layer, params, x, residual, has_aux=True)
-        return y, stats_gradient(dy)
+        y, pull, _ = jax.vjp(layer, params, x, residual, has_aux=True)
+        return y, pull(dy)
 
     y, (dparams, dx, _) = run(params, x, residual, dy)
     want = oracle.backward(x, dy, residual=residual, activation="relu")
