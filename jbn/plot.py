@@ -9,7 +9,9 @@ from jax import Array
 from jbn import functional
 from jbn.types import Params, State
 
-_BEFORE, _AFTER = "#d1581c", "#0b6fb8"
+# The colours of every picture of jbn: jbn itself, another library, a network without batch norm,
+# and whatever else is compared.
+COLORS = {"jbn": "#0b6fb8", "peer": "#8a8a8a", "without": "#d1581c", "other": "#3c9a5f"}
 
 
 def drift(report: Any) -> Any:
@@ -139,7 +141,7 @@ def before_after(
     mode = "statistics of the batch" if state is None else "running statistics"
     figure.suptitle(f"Before and after batch norm ({mode})", fontweight="bold")
     for ax, values, title, color in zip(
-        figure.subplots(1, 2), (x, y), ("before", "after"), (_BEFORE, _AFTER), strict=True
+        figure.subplots(1, 2), (x, y), ("before", "after"), (COLORS["without"], COLORS["jbn"]), strict=True
     ):
         columns = np.moveaxis(np.asarray(values, np.float64), axis, -1)
         columns = columns.reshape(-1, columns.shape[-1])[:, :channels]
