@@ -95,7 +95,19 @@ def parts(question):
 def code(in_short):
     """The body of a function, as a program of its own."""
     source = inspect.getsource(in_short)
-    return textwrap.dedent(source.partition("\n")[2]).strip()
+    lines, inside, result = (
+        textwrap.dedent(source.partition("\n")[2]).strip().split("\n"),
+        False,
+        [],
+    )
+    for line in lines:
+        if line and not line.startswith(" "):
+            # A program of its own has two empty lines before and after a function.
+            if result and not result[-1] and (inside or line.startswith(("def ", "@"))):
+                result.append("")
+            inside = line.startswith(("def ", "@"))
+        result.append(line)
+    return "\n".join(result)
 
 
 def section(number, question, in_short, answer):

@@ -1,4 +1,4 @@
-"""Questions about what comes out of the layer: for a sigmoid, for two channels, for the next layers."""
+"""Questions about what comes out of the layer: for a sigmoid, two channels, the next layer."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,6 @@ import pathlib
 import re
 import string
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -32,11 +31,12 @@ ROUNDING = 1e-3  # below this a number is a rounding error, of which only the si
 def pattern(template):
     """A regular expression that finds the numbers in a filled template."""
     parts = []
-    for text, name, _, _ in string.Formatter().parse(template):
+    for text, name, spec, _ in string.Formatter().parse(template):
         parts.append(re.escape(text))
         if name is not None:
-            again = f"(?P={name})" if f"(?P<{name}>" in "".join(parts) else f"(?P<{name}>.+?)"
-            parts.append(again)
+            form = r"-?[\d.]*\d(?:e[+-]\d+)?%?" if spec else ".+?"
+            known = f"(?P<{name}>" in "".join(parts)
+            parts.append(f"(?P={name})" if known else f"(?P<{name}>{form})")
     return "".join(parts)
 
 
@@ -48,6 +48,13 @@ def sections():
 
 def number(text):
     return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+
+
+def rounding(text):
+    """Half of the last digit."""
+    digits, _, exponent = text.rstrip("%").partition("e")
+    power = int(exponent or 0) - len(digits.partition(".")[2]) - 2 * text.endswith("%")
+    return 0.5 * 10.0**power
 
 
 def compare(name, section, numbers, *, rtol):
@@ -63,10 +70,8 @@ def compare(name, section, numbers, *, rtol):
         if abs(measured) < ROUNDING:
             assert abs(written) < 100 * ROUNDING, (name, key, written, measured)
         else:
-            half_a_digit = 0.5 * 10.0 ** -len(found[key].rstrip("%").partition(".")[2])
-            half_a_digit /= 100 if found[key].endswith("%") else 1
             np.testing.assert_allclose(
-                written, measured, rtol=rtol, atol=half_a_digit, err_msg=f"{name}: {key}"
+                written, measured, rtol=rtol, atol=rounding(found[key]), err_msg=f"{name}: {key}"
             )
 
 
@@ -92,7 +97,7 @@ def test_answer_holds_and_the_page_tells_it(k, tmp_path):
     assert short in section
     compare(question.__name__, section, answer.numbers, rtol=0.05)
     assert f"![{answer.figure.get_suptitle()}](results/questions/" in section
-    assert textwrap.dedent(questions.code(in_short)) in PAGE.read_text()
+    assert f"```python\n{questions.code(in_short)}\n```" in PAGE.read_text()
     answer.figure.savefig(tmp_path / "picture.png", dpi=20)
     committed = EXAMPLES / "results" / "questions" / f"{question.__name__}.png"
     assert committed.read_bytes().startswith(b"\x89PNG")
