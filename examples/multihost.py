@@ -115,10 +115,18 @@ def launch(processes, devices):
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    # The libraries that connect the processes narrate every connection; errors are still shown.
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", "GLOG_minloglevel": "2", **environment}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **environment}  # errors only
     command = lambda index: [sys.executable, *sys.argv, "--address", address, "--index", str(index)]
-    children = [subprocess.Popen(command(index), env=environment) for index in range(processes)]
+    read, write = os.pipe()
+    children = [
+        subprocess.Popen(command(index), env=environment, stdout=write)
+        for index in range(processes)
+    ]
+    os.close(write)
+    with os.fdopen(read) as output:
+        for line in output:
+            if not line.startswith("[Gloo]"):  # which tells of each connection on standard output
+                print(line, end="", flush=True)
     codes = [child.wait() for child in children]
     return int(any(codes))
 
