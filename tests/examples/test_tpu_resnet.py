@@ -151,14 +151,17 @@ def test_image_folder(tmp_path, monkeypatch):
     later = [b["label"] for b in image_data.batches(train, 6, seed=0, epoch=0, skip=1)]
     np.testing.assert_array_equal(later, epochs[0][1:])
     assert not np.array_equal(epochs[0], epochs[1])
-    with pytest.raises(ValueError, match="holds 0 images"):
+    with (
+        pytest.warns(UserWarning, match="red"),
+        pytest.raises(ValueError, match="holds 0 images"),
+    ):
         image_data.load(str(tmp_path / "red"), 8)
 
 
 @pytest.mark.aot("libtpu")
 @pytest.mark.slow
 def test_compile_only(tmp_path):
-    """On 256 chips the only collectives are all-reduces, none larger than the gradient of all parameters."""
+    """On 256 chips the only collectives are all-reduces, none larger than all parameters."""
     arguments = [
         "--compile-only",
         "v5e:16x16",
