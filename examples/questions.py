@@ -1,6 +1,6 @@
 """The questions people bring to batch normalization, each answered by running it.
 
-python examples/questions.py              print all the answers, draw into the folder questions/
+python examples/questions.py              print all the answers, draw the pictures
 python examples/questions.py 1 3          only these
 python examples/questions.py --write      write examples/questions.md and its pictures again
 
@@ -12,6 +12,7 @@ measured numbers are filled, and the function beside it, NAME_in_short, is the c
 import argparse
 import inspect
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -159,10 +160,11 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     every = range(1, len(ALL) + 1)
+    temporary = Path(tempfile.gettempdir()) / "questions"
     which = f"the questions to answer, of 1 to {len(ALL)}; default: all"
     parser.add_argument("numbers", nargs="*", type=int, help=which)
     parser.add_argument("--write", action="store_true", help="write questions.md and its pictures")
-    parser.add_argument("--out", type=Path, help="folder for the pictures; default: questions")
+    parser.add_argument("--out", type=Path, help=f"folder for the pictures; default: {temporary}")
     steps = "training steps where a question trains, at least 20"
     parser.add_argument("--steps", type=int, default=300, help=steps)
     arguments = parser.parse_args(argv)
@@ -172,7 +174,7 @@ def main(argv=None):
         parser.error(f"{limits}; got {arguments.numbers} and {arguments.steps}")
     if arguments.write and arguments.numbers:
         parser.error(f"--write writes the whole page: leave out the numbers {arguments.numbers}")
-    folder = HERE / "results" / "questions" if arguments.write else Path("questions")
+    folder = HERE / "results" / "questions" if arguments.write else temporary
     folder = arguments.out or folder
     folder.mkdir(parents=True, exist_ok=True)
     sections, start = [], time.process_time()
