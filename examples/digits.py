@@ -1,12 +1,13 @@
-"""Train a small residual network on scikit-learn's handwritten digits, and show what batch
-normalization buys.
+"""Train a small residual network on handwritten digits, and show what batch normalization buys.
 
-python examples/digits.py                    four runs: with and without, at the learning rate and at ten times it
-python examples/digits.py --norm flax        one run, with flax's BatchNorm in the same places
+python examples/digits.py                with and without it, at a learning rate and at ten times it
+python examples/digits.py --norm flax    one run, with flax's BatchNorm in the same places
 """
 
 import argparse
 import functools
+import os
+import tempfile
 
 import flax.linen as nn
 import jax
@@ -17,12 +18,16 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import jbn.linen
+from jbn.plot import COLORS
 
 LEARNING_RATE = 0.02
 
 
 class Norm(nn.Module):
-    """relu(norm(x) + residual): fused in jbn, spelled out for flax; "none" learns scale and bias and normalizes nothing."""
+    """relu(norm(x) + residual): fused in jbn, spelled out for flax.
+
+    "none" normalizes nothing, and still learns a scale and a bias for each channel.
+    """
 
     kind: str
     train: bool
@@ -35,10 +40,8 @@ class Norm(nn.Module):
         if self.kind == "flax":
             x = nn.BatchNorm(**arguments)(x)
         else:
-            size = x.shape[-1:]
-            x = x * self.param("scale", nn.initializers.ones, size) + self.param(
-                "bias", nn.initializers.zeros, size
-            )
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+            x = x * scale + self.param("bias", nn.initializers.zeros, x.shape[-1:])
         return nn.relu(x if residual is None else x + residual)
 
 
@@ -62,7 +65,11 @@ class Network(nn.Module):
 
 
 def train(kind, learning_rate, steps, seed):
-    """Train on 80 % of the 1797 images [8, 8, 1]; the loss of every step, and the accuracy on the others in eval mode."""
+    """Train on 80 % of the 1797 images [8, 8, 1].
+
+    Returns:
+        The loss of every step, and the accuracy on the other images in evaluation mode.
+    """
     digits, rng = load_digits(), np.random.default_rng(seed)
     order, split = rng.permutation(len(digits.target)), int(0.8 * len(digits.target))
     images, labels = digits.images[order, ..., None].astype(np.float32) / 16, digits.target[order]
@@ -84,12 +91,14 @@ def train(kind, learning_rate, steps, seed):
         return optax.apply_updates(params, updates), stats, opt_state, loss
 
     opt_state, losses = optimizer.init(params), []
-    for _ in tqdm(range(steps), desc=f"{kind:5s} at learning rate {learning_rate:g}"):
+    name = f"{kind:5s} at learning rate {learning_rate:g}"
+    for _ in (bar := tqdm(range(steps), desc=f"{name}, compiling")):
         batch = rng.integers(split, size=128)
         params, stats, opt_state, loss = step(
             params, stats, opt_state, images[batch], labels[batch]
         )
         losses.append(float(loss))
+        bar.set_description(name, refresh=False)
     logits = network.apply({"params": params, **stats}, images[split:], train=False)
     return np.array(losses), float((logits.argmax(-1) == labels[split:]).mean())
 
@@ -99,11 +108,10 @@ def draw(runs, path):
     fig, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for (kind, rate), (losses, accuracy) in runs.items():
         window = min(10, len(losses))
-        label = f"{'no' if kind == 'none' else kind} batch norm, learning rate {rate:g}: test accuracy {accuracy:.3f}"
-        color, line = (
-            "tab:red" if kind == "none" else "tab:blue",
-            "-" if rate == LEARNING_RATE else "--",
-        )
+        name = {"jbn": "batch norm", "flax": "flax's batch norm", "none": "no batch norm"}[kind]
+        label = f"{name}, learning rate {rate:g}: test accuracy {accuracy:.3f}"
+        color = COLORS[{"jbn": "jbn", "flax": "peer", "none": "without"}[kind]]
+        line = "-" if rate == LEARNING_RATE else "--"
         axes.plot(
             np.convolve(losses, np.ones(window) / window, "valid"),
             label=label,
@@ -124,25 +132,22 @@ def draw(runs, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--norm",
-        choices=("jbn", "flax", "none"),
-        help="one run with this norm instead of the comparison",
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for flag, default in (("--steps", 300), ("--seed", 0), ("--out", "digits.png")):
-        parser.add_argument(flag, type=type(default), default=default)
+    one_run = "one run with this norm instead of the comparison"
+    parser.add_argument("--norm", choices=("jbn", "flax", "none"), help=one_run)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    in_temporary = os.path.join(tempfile.gettempdir(), "digits.png")
+    parser.add_argument("--out", default=in_temporary, help="the picture; default: %(default)s")
     args = parser.parse_args()
-    plan = (
-        [(args.norm, LEARNING_RATE)]
-        if args.norm
-        else [(k, r * LEARNING_RATE) for r in (1, 10) for k in ("jbn", "none")]
-    )
+    plan = [(kind, rate * LEARNING_RATE) for rate in (1, 10) for kind in ("jbn", "none")]
+    plan = [(args.norm, LEARNING_RATE)] if args.norm else plan
     runs = {(kind, rate): train(kind, rate, args.steps, args.seed) for kind, rate in plan}
     for (kind, rate), (losses, accuracy) in runs.items():
-        print(
-            f"{kind:5s} learning rate {rate:<5g} last loss {losses[-1]:8.4f}  test accuracy {accuracy:.4f}"
-        )
+        rates = f"{kind:5s} learning rate {rate:<5g}"
+        print(f"{rates} last loss {losses[-1]:8.4f}  test accuracy {accuracy:.4f}")
     draw(runs, args.out)
     print(f"wrote {args.out}")
 

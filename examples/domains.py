@@ -1,11 +1,10 @@
-"""One network, a bank of batch-norm states: statistics per domain (or per time step), chosen by
-index under jit.
+"""One network with a batch-norm state for each domain, chosen by its index under jit.
 
-The states of all domains are stacked in one `jbn.State` whose leaves have one more axis.  A step
-takes one out, uses it, and puts the new one back; the index is an array, so one compilation serves
-every domain.
+The states of all domains are stacked in one `jbn.State`, whose arrays have one more axis. A step
+takes one state out, uses it, and puts the new one back. The index is an array, so one compilation
+serves every domain. Statistics per time step are kept in the same way.
 
-python examples/domains.py                   three domains of digits: plain, inverted, dim; accuracy with own and shared states
+python examples/domains.py       digits plain, inverted and dim: accuracy with own and shared states
 """
 
 import argparse
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 import jbn
 
@@ -80,20 +80,20 @@ def main():
         params, bank = init(jax.random.key(0))
         opt_state = OPTIMIZER.init(params)
         rng = np.random.default_rng(1)
-        for step in range(steps):
+        for step in (bar := tqdm(range(steps), desc=f"{name}, compiling")):
             domain, rows = step % DOMAINS, rng.integers(0, SPLIT, BATCH)
             x = in_domain(images[rows], domain)
             params, bank, opt_state = train_step(
                 params, bank, opt_state, x, labels[rows], jnp.int32(slot_of(domain))
             )
+            bar.set_description(name, refresh=False)
         for domain in range(DOMAINS):
             slot = slot_of(domain)
             state = jbn.State(bank.mean[slot], bank.var[slot], bank.count[slot])
             z, _ = logits(params, in_domain(images[SPLIT:], domain), state, train=False)
             accuracy = float((z.argmax(-1) == labels[SPLIT:]).mean())
-            print(
-                f"{name:20} domain {domain}: {int(state.count):4} batches seen, test accuracy {accuracy:.4f}"
-            )
+            seen = f"{int(state.count):4} batches seen"
+            print(f"{name:20} domain {domain}: {seen}, test accuracy {accuracy:.4f}")
     print(f"compiled {train_step._cache_size()} time(s)")
 
 

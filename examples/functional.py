@@ -1,5 +1,4 @@
-"""The digits network again, with the functional API alone: parameters and states are pytrees, one
-jax.jit holds a step.
+"""The network of digits.py again, with the functional API alone: pytrees, and one jax.jit per step.
 
 python examples/functional.py
 """
@@ -20,7 +19,7 @@ BLOCKS = ((16, 1), (32, 2), (32, 1))  # features and stride of each residual blo
 
 
 def init(key):
-    """Kernels, and one (params, state) per batch norm: the parameters in one tree, the states in another."""
+    """All parameters in one tree, and the states of all batch norms in another."""
     kernels, norms, features = {}, {}, 16
     keys = iter(jax.random.split(key, 2 + 3 * len(BLOCKS)))
 
@@ -57,7 +56,7 @@ def conv(x, kernel, stride=1):
 
 
 def forward(params, states, x, train):
-    """Logits and the new states; `train` is static: by the batch's statistics, or by the running ones."""
+    """Logits and new states. train, a bool: by the statistics of the batch, or the running ones."""
     kernels, new_states = params["kernels"], dict(states)
 
     def norm(name, x, residual=None):
@@ -104,20 +103,20 @@ def main():
         return optax.apply_updates(params, updates), states, opt_state, loss
 
     opt_state, rng = optimizer.init(params), np.random.default_rng(args.seed)
-    for _ in (bar := tqdm(range(args.steps), desc="training")):
+    for _ in (bar := tqdm(range(args.steps), desc="compiling")):
         batch = rng.integers(split, size=128)
         params, states, opt_state, loss = step(
             params, states, opt_state, images[batch], labels[batch]
         )
+        bar.set_description("training", refresh=False)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     predict = jax.jit(
         lambda params, states, x: forward(params, states, x, train=False)[0].argmax(-1)
     )
     accuracy = (predict(params, states, images[split:]) == labels[split:]).mean()
-    print(
-        f"{states['stem'].count} batches folded into the running statistics, test accuracy {accuracy:.4f}"
-    )
+    count = states["stem"].count
+    print(f"running statistics of {count} batches, test accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Labelled images for examples/tpu_resnet.py: a folder with one folder per class, an .npz file, or made up."""
+"""Labelled images for tpu_resnet.py: a folder of one folder per class, an .npz file, or made up."""
 
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -21,8 +22,9 @@ class Images(NamedTuple):
 def load(path: str | None, size: int) -> tuple[Images, Images]:
     """(training, test), a tenth of the images being the test.
 
-    path: a folder of folders of images; an .npz file with uint8 `images` [n, height, width, 3] and
-        integer `labels` [n]; None for 20,480 made-up images of 10 classes.
+    path: a folder of folders of images, where a file that is no image is left out with a warning
+        that names it; an .npz file with uint8 `images` [n, height, width, 3] and integer `labels`
+        [n]; None for 20,480 made-up images of 10 classes.
     """
     if path is None:
         read, labels = functools.partial(_made_up, size=size), np.arange(20480) % 10
@@ -31,13 +33,12 @@ def load(path: str | None, size: int) -> tuple[Images, Images]:
             images, labels = file["images"], file["labels"]
         read = lambda i: _resized(Image.fromarray(images[i]), size)
     else:
-        files = sorted(p for p in pathlib.Path(path).glob("*/*") if p.is_file())
+        files = _images_in(pathlib.Path(path))
         _, labels = np.unique([p.parent.name for p in files], return_inverse=True)
         read = lambda i: _resized(Image.open(files[i]), size)
     if len(labels) < 10:
-        raise ValueError(
-            f"{path} holds {len(labels)} images, expected at least 10: one folder per class, images inside"
-        )
+        expected = "expected at least 10: one folder per class, images inside"
+        raise ValueError(f"{path} holds {len(labels)} images, {expected}")
     order = np.random.default_rng(0).permutation(len(labels))
     parts = order[len(order) // 10 :], order[: len(order) // 10]
     return tuple(
@@ -50,10 +51,11 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The part that this host loads of each global batch: `image` in [-1, 1] and `label`.
 
-    With a seed: shuffled, half of the images mirrored, the rest of the last batch left out; a
-        function of seed and epoch
-    alone, so that a resumed run sees what it would have seen.  Without: in order, the last batch
-    filled up with label -1.
+    With a seed the images are shuffled, half of them are mirrored, and an incomplete last batch is
+    left out. All this depends on seed and epoch alone, so that a resumed run sees what it would
+    have seen. Without a seed the images come in order, and the last batch is filled up with label
+    -1.
+
     skip: batches to leave out at the beginning.
     """
     n = len(data.labels)
@@ -78,6 +80,22 @@ def batches(
                 "image": images,
                 "label": np.where(order[here] < n, data.labels[order[here] % n], -1),
             }
+
+
+def _images_in(folder):
+    """The image files of the folder's folders, by their suffix; warns of any others."""
+    suffixes = Image.registered_extensions()
+    files = sorted(p for p in folder.glob("*/*") if p.is_file())
+    stray = [
+        p for p in [*files, *folder.iterdir()] if p.is_file() and p.suffix.lower() not in suffixes
+    ]
+    if stray:
+        names = ", ".join(str(p.relative_to(folder)) for p in stray[:5])
+        more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
+        warnings.warn(
+            f"left out of {folder}, as their names are no images': {names}{more}", stacklevel=3
+        )
+    return [p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")]
 
 
 def _made_up(i, size):

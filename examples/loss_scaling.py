@@ -1,12 +1,10 @@
-"""Dynamic loss scaling with one batch of infinities: without skip_nonfinite the running statistics
-are lost for good.
+"""Dynamic loss scaling and a batch with an infinity: `skip_nonfinite` saves the statistics.
 
-Loss scaling skips the parameter update of a step whose gradients are not finite, and halves the
-scale.  The running statistics
-are no gradients: nothing protects them, and one inf stays in an average for ever.
-    `skip_nonfinite=True` refuses that batch.
+Loss scaling skips the update of the parameters where the gradients are not finite, and halves the
+scale. It does not protect the running statistics: one infinity stays in an average for ever.
+`skip_nonfinite=True` refuses that batch.
 
-python examples/loss_scaling.py              bfloat16 digits; batch 100 of 300 holds an inf; test accuracy with and without
+python examples/loss_scaling.py      bfloat16; batch 100 of 300 holds an infinity; with and without
 """
 
 import argparse
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 import jbn.linen
 
@@ -79,12 +78,14 @@ def main():
         run = variables, OPTIMIZER.init(variables["params"]), jnp.float32(2**12), jnp.int32(0)
         step_of = jax.jit(lambda run, x, labels, model=model: train_step(model, run, x, labels))
         rng = np.random.default_rng(1)
-        for step in range(steps):
+        name = f"skip_nonfinite={skip_nonfinite!s:5}"
+        for step in (bar := tqdm(range(steps), desc=f"{name}, compiling")):
             rows = rng.integers(0, SPLIT, BATCH)
             x = images[rows]
             if step == steps // 3:
                 x[0, 0] = np.inf
             run, _ = step_of(run, x, labels[rows])
+            bar.set_description(name, refresh=False)
         variables, _, scale, _ = run
         finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables["batch_stats"]))
         accuracy = float(
@@ -92,10 +93,8 @@ def main():
                 model.apply(variables, images[SPLIT:], train=False).argmax(-1) == labels[SPLIT:]
             ).mean()
         )
-        print(
-            f"skip_nonfinite={skip_nonfinite!s:5} statistics finite: {finite!s:5} loss scale {float(scale):6.0f}"
-            f"   test accuracy {accuracy:.4f}"
-        )
+        statistics = f"{name} statistics finite: {finite!s:5} loss scale {float(scale):6.0f}"
+        print(f"{statistics}   test accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

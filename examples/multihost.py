@@ -1,12 +1,12 @@
 """Train on several processes at once, with batch norm synchronized over all of them.
 
-python examples/multihost.py                    starts 2 processes on this machine, 2 CPU devices each
-python examples/multihost.py --launched         is one of the processes that SLURM, Open MPI or a TPU pod has started
-                                                (srun -N 4 python examples/multihost.py --launched)
+python examples/multihost.py                      start 2 processes here, 2 CPU devices each
+srun -N 4 python examples/multihost.py --launched         one process of those that SLURM, Open MPI
+                                                          or a TPU pod has started
 
 There is nothing to say to jbn: the batch is one global array, split over the devices of all
-    processes, and its statistics are
-those of the whole.  Every process ends with the same bits, and prints a digest of them.
+processes, and its statistics are those of the whole. Every process ends with the same bits, and
+prints a digest of them.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 import jbn
 
@@ -31,7 +32,7 @@ BATCH, WIDTHS = 256, (64, 128, 64, 10)
 
 
 def init(key):
-    """Dense layers, each but the last followed by batch norm and relu: lists of weights, jbn.Params and jbn.State."""
+    """Dense layers, all but the last with batch norm and relu: ((weights, norms), states)."""
     keys = jax.random.split(key, len(WIDTHS))
     weights = [
         jax.nn.initializers.he_normal()(k, s)
@@ -53,7 +54,11 @@ def apply(params, states, x):
 
 
 def train(steps):
-    """Each process holds the digits and hands its devices their part of every batch; the last loss, parameters and states."""
+    """Each process holds all digits and hands its devices their part of every batch.
+
+    Returns:
+        The last loss, the parameters and the states.
+    """
     digits, rng = load_digits(), np.random.default_rng(0)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -78,13 +83,14 @@ def train(steps):
         return optax.apply_updates(params, updates), states, opt_state, loss
 
     loss = jnp.nan
-    for _ in range(steps):
+    for _ in (bar := tqdm(range(steps), desc="compiling", disable=jax.process_index() > 0)):
         rows = rng.choice(len(digits.target), BATCH, replace=False)
         x, label = (
             distribute(digits.data[rows].astype(np.float32) / 16),
             distribute(digits.target[rows]),
         )
         params, states, opt_state, loss = step(params, states, opt_state, x, label)
+        bar.set_description("training", refresh=False)
     return float(loss), params, states
 
 
@@ -92,17 +98,12 @@ def report(loss, params, states, save):
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((params, states))]
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).digest()
     process, processes = jax.process_index(), jax.process_count()
-    print(
-        f"process {process} of {processes}, {jax.device_count()} devices: loss {loss:.6f}, digest {digest.hex()}",
-        flush=True,
-    )
+    where = f"process {process} of {processes}, {jax.device_count()} devices"
+    print(f"{where}: loss {loss:.6f}, digest {digest.hex()}", flush=True)
     digests = np.atleast_2d(multihost_utils.process_allgather(np.frombuffer(digest, np.uint8)))
     assert (digests == digests[0]).all(), "the processes have different parameters or states"
     if process == 0:
-        print(
-            f"all {processes} processes agree: parameters and states are equal in every bit",
-            flush=True,
-        )
+        print(f"all {processes} processes agree in every bit of parameters and states", flush=True)
         if save:
             np.savez(save, *leaves)
 
@@ -114,8 +115,18 @@ def launch(processes, devices):
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **environment}  # errors only
     command = lambda index: [sys.executable, *sys.argv, "--address", address, "--index", str(index)]
-    children = [subprocess.Popen(command(index), env=environment) for index in range(processes)]
+    read, write = os.pipe()
+    children = [
+        subprocess.Popen(command(index), env=environment, stdout=write)
+        for index in range(processes)
+    ]
+    os.close(write)
+    with os.fdopen(read) as output:
+        for line in output:
+            if not line.startswith("[Gloo]"):  # which tells of each connection on standard output
+                print(line, end="", flush=True)
     codes = [child.wait() for child in children]
     return int(any(codes))
 

@@ -1,6 +1,6 @@
 """Average the weights of a digits model over training, and recalibrate its batch norms for them.
 
-python examples/recalibrate.py               test accuracy of the average, with the old statistics and with new ones
+python examples/recalibrate.py      test accuracy of the average, with old statistics and with new
 """
 
 import argparse
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 import jbn.linen
 from jbn.recalibrate import recalibrate_linen
@@ -33,14 +34,17 @@ class Network(nn.Module):
         return nn.Dense(10)(x)
 
 
-@functools.partial(jax.jit, static_argnames="steps")
 def train(images, labels, key, *, steps):
-    """(variables after the last step, parameters averaged over the second half): stochastic weight averaging."""
-    variables = Network().init(key, images[:BATCH], train=True)
-    optimizer = optax.sgd(
-        0.3, momentum=0.9
-    )  # high: the weights wander about the optimum that their average is nearer to
+    """Train with stochastic weight averaging.
 
+    Returns:
+        The variables after the last step, and the parameters averaged over the second half.
+    """
+    variables = Network().init(key, images[:BATCH], train=True)
+    # The rate is high: the weights wander about the optimum, and their average is nearer to it.
+    optimizer = optax.sgd(0.3, momentum=0.9)
+
+    @jax.jit
     def step(carry, index):
         variables, average, opt_state = carry
         rows = jax.random.randint(jax.random.fold_in(key, index), (BATCH,), 0, len(images))
@@ -54,14 +58,16 @@ def train(images, labels, key, *, steps):
         gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
         params = optax.apply_updates(variables["params"], updates)
-        weight = 1 / (
-            1 + jnp.maximum(index - steps // 2, 0)
-        )  # 1 until the second half: the average starts afresh there
+        # The weight is 1 until the second half, so the average starts afresh there.
+        weight = 1 / (1 + jnp.maximum(index - steps // 2, 0))
         average = jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
-        return ({"params": params, **new}, average, opt_state), None
+        return {"params": params, **new}, average, opt_state
 
     carry = variables, variables["params"], optimizer.init(variables["params"])
-    variables, average, _ = jax.lax.scan(step, carry, jnp.arange(steps))[0]
+    for index in (bar := tqdm(range(steps), desc="compiling")):
+        carry = step(carry, jnp.int32(index))
+        bar.set_description("training", refresh=False)
+    variables, average, _ = carry
     return variables, average
 
 
@@ -77,9 +83,8 @@ def main():
 
     last, average = train(images[:SPLIT], labels[:SPLIT], jax.random.key(0), steps=arguments.steps)
     averaged = {"params": average, "batch_stats": last["batch_stats"]}
-    batches = [
-        images[start : min(start + BATCH, SPLIT)] for start in range(0, SPLIT, BATCH)
-    ]  # the last one is short
+    # The last batch is shorter, and counts as such.
+    batches = [images[start : min(start + BATCH, SPLIT)] for start in range(0, SPLIT, BATCH)]
     apply = lambda variables, batch: Network().apply(variables, batch, train=False)
     recalibrated = recalibrate_linen(apply, averaged, batches, progress=True)
 

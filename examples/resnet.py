@@ -1,5 +1,4 @@
-"""The training of ResNet-50 after Goyal et al. 2017: its state, its step, and how many answers are
-right.
+"""The training of ResNet-50 after Goyal et al. 2017: its state, its step, and its right answers.
 
 The network is that of the benchmark, jbn.bench.resnet: its batch norms add the residual and apply
 ReLU.

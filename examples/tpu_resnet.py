@@ -1,13 +1,18 @@
 """Train ResNet-50 on all the devices there are: TPU, GPU or CPU.
 
-python examples/tpu_resnet.py --data imagenet/train --checkpoints checkpoints        on a TPU VM; again to resume
-python examples/tpu_resnet.py --fake-devices 8 --image-size 32 --steps 4             anywhere
-python examples/tpu_resnet.py --compile-only v5e:4x4                                 no TPU, but its compiler (jbn[aot])
+python examples/tpu_resnet.py --data imagenet/train --checkpoints checkpoints      on a TPU VM
+python examples/tpu_resnet.py --fake-devices 8 --image-size 32 --steps 4           anywhere
+python examples/tpu_resnet.py --compile-only v5e:4x4    no TPU, but its compiler (extra aot)
+
+The first line, given again, resumes. Ctrl-C finishes the step, saves it and stops.
 """
 
 import argparse
 import hashlib
+import itertools
 import pathlib
+import signal
+import threading
 
 import image_data
 import jax
@@ -34,9 +39,8 @@ def main():
     batch_size = args.batch_size * jax.device_count()
     per_epoch = len(data.labels) // batch_size
     if per_epoch == 0:
-        raise SystemExit(
-            f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size"
-        )
+        few = f"{len(data.labels)} images do not fill a batch of {batch_size}"
+        raise SystemExit(f"{few}: give a smaller --batch-size")
     total = args.steps or args.epochs * per_epoch
     init, step, correct = setup(args, int(data.labels.max()) + 1, batch_size, total)
     replicated, split = shardings(jax.devices())
@@ -50,12 +54,11 @@ def main():
     if manager and manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     first = int(state["step"])
-    print(
-        f"{jax.device_count()} devices, {batch_size} images per step, from step {first} to {total}"
-    )
-    bar = tqdm(
-        total=total * batch_size, initial=first * batch_size, unit=" images", unit_scale=True
-    )
+    size = f"{jax.device_count()} devices, {batch_size} images per step"
+    print(f"{size}, from step {first} to {total}")
+    images = {"total": total * batch_size, "initial": first * batch_size, "unit": " images"}
+    bar = tqdm(desc="compiling", unit_scale=True, **images)
+    interrupted = stop_on_interrupt()
     for epoch in range(first // per_epoch, -(-total // per_epoch)):
         start = max(first, epoch * per_epoch)
         batches = image_data.batches(
@@ -63,18 +66,55 @@ def main():
         )
         for done, batch in zip(range(start + 1, total + 1), batches, strict=False):
             state, loss = step(state, put(batch))
+            if done == first + 1:
+                loss.block_until_ready()  # or the bar would say "training" while XLA compiles
+                bar.set_description("training")
             bar.update(batch_size)
+            if interrupted.is_set():
+                break
             if done % args.log_every == 0 or done == total:
                 bar.write(f"step {done}: loss {loss:.4f}")
             if manager and (done % args.save_every == 0 or done == total):
                 manager.save(done, args=ocp.args.StandardSave(state))
+        if interrupted.is_set():
+            bar.close()
+            stop(manager, state)
+        # After a part of an epoch, as in a short trial, no more batches than were trained on.
         tests = image_data.batches(test_data, batch_size, seed=None)
-        right = sum(int(correct(state, put(batch))) for batch in tests)
-        bar.write(f"epoch {epoch + 1}: test accuracy {right / len(test_data.labels):.4f}")
+        right, tested = 0, 0
+        for batch in itertools.islice(tests, done - epoch * per_epoch):
+            right += int(correct(state, put(batch)))
+            tested += int((batch["label"] >= 0).sum())
+        tested = min(tested * jax.process_count(), len(test_data.labels))
+        bar.write(f"epoch {epoch + 1}: test accuracy {right / tested:.4f} of {tested} images")
     if manager:
         manager.close()
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
     bar.write(f"state after step {int(state['step'])}: sha256 {digest.hexdigest()}")
+
+
+def stop_on_interrupt():
+    """An event that the first Ctrl-C sets. A second one ends the program at once."""
+    interrupted = threading.Event()
+
+    def handle(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handle)
+    return interrupted
+
+
+def stop(manager, state):
+    """Save the state, if there is a place for it, and end with one line."""
+    step = int(state["step"])
+    if manager:
+        if manager.latest_step() != step:
+            manager.save(step, args=ocp.args.StandardSave(state))
+        manager.close()
+    end = "saved; the same command goes on from here" if manager else "not saved: no --checkpoints"
+    print(f"stopped after step {step}: {end}")
+    raise SystemExit(130)
 
 
 def shardings(devices):

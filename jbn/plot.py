@@ -1,4 +1,7 @@
-"""Pictures of batch-norm layers, as matplotlib figures: `plot.drift(report).savefig("drift.png")`. Matplotlib is an extra."""
+"""Pictures of batch-norm layers, as matplotlib figures: `plot.drift(report).savefig("drift.png")`.
+
+Matplotlib is an extra.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,42 +12,77 @@ from jax import Array
 from jbn import functional
 from jbn.types import Params, State
 
-_BEFORE, _AFTER = "#d1581c", "#0b6fb8"
+# The colours of every picture of jbn: jbn itself, another library, a network without batch norm,
+# and whatever else is compared.
+COLORS = {"jbn": "#0b6fb8", "peer": "#8a8a8a", "without": "#d1581c", "other": "#3c9a5f"}
 
 
 def drift(report: Any) -> Any:
-    """How far training and running statistics lie apart: a heat map, one row per layer, one column
-    per channel.
+    """How far a batch's means lie from the running ones: a row per layer, a column per channel.
 
     Args:
         report: of `jbn.health`, of a layer or a model, made with the moments of a batch.
 
     Returns:
-        A matplotlib Figure.
+        A matplotlib Figure. A cross marks a channel that holds a NaN or an infinity.
 
     Raises:
         ValueError: no layer of the report has moments.  ModuleNotFoundError: matplotlib is missing.
     """
-    rows = {m.layer: m.drift for m in _layers(report) if m.drift is not None}
-    if not rows:
+    layers = [m for m in _layers(report) if m.drift is not None]
+    if not layers:
         raise ValueError(
-            "the report holds no drift, expected one made with moments: report(params, state, jbn.moments(x))"
+            "the report holds no drift, expected one made with moments: "
+            "report(params, state, jbn.moments(x))"
         )
-    figure = _figure(10, 1.8 + 0.35 * len(rows))
-    figure.suptitle("Drift of the batch from the running statistics", fontweight="bold")
-    _heat_map(
-        figure,
-        figure.subplots(),
-        rows,
-        "drift of the mean,\nrunning standard deviations",
-        limits=(-3, 3),
+    row, size = (0.35, 9) if len(layers) <= 20 else (7.2 / len(layers), 6)
+    figure = _figure(10, 2.2 + row * len(layers))
+    largest = max(np.abs(m.drift[np.isfinite(m.drift)]).max(initial=0) for m in layers)
+    figure.suptitle(
+        f"Drift of the batch from the running statistics: at most {largest:.2g} running standard "
+        f"deviations",
+        fontweight="bold",
     )
+    ax = figure.subplots()
+    table = np.full((len(layers), max(m.drift.size for m in layers)), np.nan)
+    for y, (m, values) in enumerate(zip(layers, table, strict=True)):
+        values[: m.drift.size] = _known(m.drift, m.finite)
+        broken = np.flatnonzero(~m.finite)
+        values[broken] = np.nan
+        ax.plot(broken, np.full(broken.size, y), "x", color="black")
+    colors = ax.imshow(
+        np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap="RdBu_r"
+    )
+    colors.set_clim(-3, 3)
+    ax.set_facecolor("0.8")
+    ax.set_yticks(range(len(layers)), [m.layer for m in layers], fontsize=size)
+    ax.set_xlabel("channel")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    name = "drift of the mean, in running standard deviations"
+    figure.colorbar(colors, ax=ax, label=name, extend="both", location="bottom", aspect=50)
     return figure
 
 
+MARKS = {  # kind of finding: marker and colour
+    "not finite": ("X", "black"),
+    "negative variance": ("P", "black"),
+    "dead": ("s", COLORS["without"]),
+    "variance near eps": ("v", COLORS["without"]),
+    "drift": ("o", COLORS["jbn"]),
+    "cancellation": ("D", COLORS["jbn"]),
+    "prunable": ("p", COLORS["other"]),
+    "off": ("<", COLORS["other"]),
+    "saturated": (">", COLORS["other"]),
+}
+MOST_ROWS = 60  # of an overview: more layers do not fit one screen
+
+
 def overview(report: Any) -> Any:
-    """All numbers of a report as heat maps, one row per layer, one column per channel; drift only
-    where it is known.
+    """One screen for a model: what was found, and the range of every number, a row per layer.
+
+    A mark stands at each suspicious channel, another one for each kind of finding. The first few
+    are named beside it. The bars show the other numbers, from the smallest to the largest channel,
+    with a tick at the median. Of more than 60 layers those with findings are shown.
 
     Args:
         report: of `jbn.health`, of a layer or a model.
@@ -56,51 +94,104 @@ def overview(report: Any) -> Any:
         ModuleNotFoundError: matplotlib is missing.
     """
     layers = _layers(report)
-    rows = {
-        name: {m.layer: getattr(m, name) for m in layers}
-        for name in ("drift", "signal", "ratio", "one_sided", "scale")
-    }
-    rows["signal"] = {name: 1 - values for name, values in rows["signal"].items()}
-    rows["ratio"] = {name: _log(values) for name, values in rows["ratio"].items()}
-    panels = [
-        (
-            "drift",
-            "Drift: how far the batch's mean lies from the running mean",
-            "running std",
-            (-3, 3),
-        ),
-        (
-            "signal",
-            "Dead: 0 in a working channel, 1 where the input does not vary",
-            "1 - √(var/(var+eps))",
-            (0, 1),
-        ),
-        (
-            "ratio",
-            "Cancellation: at 2 the mean is 100 standard deviations",
-            "log10 |mean| / std",
-            (0, 2),
-        ),
-        (
-            "one_sided",
-            "Output: 0 is centred, beyond 4 on either side it hardly ever crosses zero",
-            "mean / std",
-            (-4, 4),
-        ),
-        ("scale", "Scale: 0 can be pruned", "scale", (-2, 2)),
-    ]
-    panels = [panel for panel in panels if any(v is not None for v in rows[panel[0]].values())]
-    figure = _figure(10, len(panels) * (1.3 + 0.25 * len(layers)))
-    figure.suptitle(
-        "Batch norms, one row per layer (grey: no such channel or not known, cross: not a number)",
-        fontweight="bold",
+    shown = layers
+    if len(layers) > MOST_ROWS:
+        shown = sorted(layers, key=lambda m: not m.findings)[:MOST_ROWS]
+        shown = [m for m in layers if m in shown]
+    known = {name for m in shown for name in _NUMBERS if getattr(m, name) is not None}
+    columns = [(name, *_NUMBERS[name]) for name in _NUMBERS if name in known]
+    row, size = (0.4, 9) if len(shown) <= 16 else (7.2 / len(shown), 6.5)
+    figure = _figure(14, max(3.4, 2 + row * len(shown)))
+    warnings = [finding for m in layers for finding in m.findings]
+    suspicious = sum(bool(m.findings) for m in layers)
+    title = f"{len(layers)} batch norm{'s'[: len(layers) > 1]}: "
+    title += (
+        f"{len(warnings)} warning{'s'[: len(warnings) > 1]} in {suspicious} of them"
+        if warnings
+        else "no warnings"
     )
-    for ax, (name, title, unit, limits) in zip(
-        np.atleast_1d(figure.subplots(len(panels), 1)), panels, strict=True
-    ):
-        _heat_map(figure, ax, rows[name], unit, limits=limits)
-        ax.set_title(title, fontsize=10, loc="left")
+    title += f" ({len(layers) - len(shown)} not shown)" if len(shown) < len(layers) else ""
+    figure.suptitle(title, fontweight="bold")
+    ratios = [6, *[1.5] * len(columns)]
+    channels, *axes = figure.subplots(1, 1 + len(columns), sharey=True, width_ratios=ratios)
+    _draw_findings(figure, channels, shown, size)
+    for ax, (name, label, limits) in zip(axes, columns, strict=True):
+        for y, m in enumerate(shown):
+            values = getattr(m, name)
+            values = values if values is None else _known(values, m.finite)[np.ravel(m.finite)]
+            if values is not None and values.size:
+                values = values if limits is None else np.clip(values, *limits)
+                color = COLORS["without"] if m.findings else COLORS["jbn"]
+                ax.plot([values.min(), values.max()], [y, y], "-", color=color, lw=2)
+                ax.plot(np.median(values), y, "|", color="black", ms=size)
+        if name in _LOGARITHMIC:
+            ax.set_xscale("symlog", linthresh=_LOGARITHMIC[name])
+            ax.xaxis.get_major_locator().set_params(numticks=4)
+        ax.set_title(label, fontsize=9)
+        ax.tick_params(axis="x", labelsize=7)
+        ax.grid(alpha=0.25)
     return figure
+
+
+# Attribute of a layer's report: its name in the picture, and the limits at which bars are cut off.
+_NUMBERS = {
+    "scale": ("gamma (scale)", None),
+    "var": ("running\nvariance", None),
+    "ratio": ("|mean| / std\nof the input", (0, 1e4)),
+    "one_sided": ("mean / std\nof the output", (-10, 10)),
+    "drift": ("drift, in\nrunning std", (-5, 5)),
+}
+_LOGARITHMIC = {"var": 1e-2, "ratio": 1}  # from here on
+
+
+def _draw_findings(figure, ax, layers, size):
+    """A line for each layer's channels, from the first to the last, with a mark at each finding."""
+    from matplotlib.lines import Line2D
+
+    kinds = []
+    for y, m in enumerate(layers):
+        ax.plot([0, 1], [y, y], color="0.85", lw=3, zorder=0)
+        texts = []
+        for finding in m.findings:
+            indices = [_flat(c, m.mean.shape) for c in finding.channels]
+            if finding.kind in MARKS and indices:
+                marker, color = MARKS[finding.kind]
+                at = np.array(indices) / max(1, m.mean.size - 1)
+                ax.plot(at, np.full(len(at), y), marker, color=color, ms=size * 0.8, mew=0)
+                kinds.append(finding.kind)
+            first = ", ".join(map(str, finding.channels[:3]))
+            more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
+            texts.append(f"{finding.kind} {first}{more}".strip())
+        text = "; ".join(texts) or "nothing found"
+        text = text if len(text) < 75 else f"{text[:72]}..."
+        ax.text(1.03, y, text, fontsize=size, va="center", color="black" if texts else "0.6")
+    ax.set_xlim(-0.02, 2.1)
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    names = [f"{m.layer} ({m.mean.size})" for m in layers]
+    ax.set_yticks(range(len(layers)), names, fontsize=size)
+    ax.set_xticks([0, 1], ["first\nchannel", "last\nchannel"], fontsize=7)
+    ax.set_title("what was found, at which channels", fontsize=9)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    handles = [
+        Line2D([], [], ls="", marker=MARKS[kind][0], color=MARKS[kind][1], label=kind)
+        for kind in MARKS
+        if kind in kinds
+    ]
+    bars = f"bars: smallest to largest channel, tick: median; {'orange' if kinds else 'blue'}"
+    bars += ": a layer with a warning" if kinds else ": a layer without a warning"
+    handles.append(Line2D([], [], color=COLORS["without" if kinds else "jbn"], lw=2, label=bars))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
+
+
+def _flat(channel, shape):
+    """The position of a channel in the features laid out in a row."""
+    return int(np.ravel_multi_index(np.atleast_1d(channel), shape))
+
+
+def _known(values, finite):
+    """The values in a row: 0 / 0 is no distance, and x / 0 a very large one, if x is a number."""
+    values = np.nan_to_num(np.ravel(values), nan=0, posinf=1e6, neginf=-1e6)
+    return np.where(np.ravel(finite), values, 0)
 
 
 def before_after(
@@ -139,7 +230,11 @@ def before_after(
     mode = "statistics of the batch" if state is None else "running statistics"
     figure.suptitle(f"Before and after batch norm ({mode})", fontweight="bold")
     for ax, values, title, color in zip(
-        figure.subplots(1, 2), (x, y), ("before", "after"), (_BEFORE, _AFTER), strict=True
+        figure.subplots(1, 2),
+        (x, y),
+        ("before", "after"),
+        (COLORS["without"], COLORS["jbn"]),
+        strict=True,
     ):
         columns = np.moveaxis(np.asarray(values, np.float64), axis, -1)
         columns = columns.reshape(-1, columns.shape[-1])[:, :channels]
@@ -197,10 +292,6 @@ def _layers(report):
     return getattr(report, "layers", (report,))
 
 
-def _log(values):
-    return np.log10(np.maximum(values, 1))  # below 1 nothing cancels
-
-
 def _figure(width, height):
     try:
         from matplotlib.figure import Figure
@@ -209,24 +300,3 @@ def _figure(width, height):
             "jbn.plot needs matplotlib: pip install 'jbn[examples]' or 'jbn[bench]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _heat_map(figure, ax, rows, unit, *, limits):
-    """Blue below zero, white at zero, red above."""
-    known = {layer: values for layer, values in rows.items() if values is not None}
-    table = np.full((len(rows), max(values.size for values in known.values())), np.nan)
-    for y, (layer, row) in enumerate(zip(rows, table, strict=True)):
-        values = np.ravel(known.get(layer, ()))
-        row[: values.size] = values
-        broken = np.flatnonzero(~np.isfinite(values))
-        ax.plot(broken, np.full(broken.size, y), "x", color="black")
-    colormap = "RdBu_r" if limits[0] < 0 else "Reds"
-    colors = ax.imshow(
-        np.ma.masked_invalid(table), aspect="auto", interpolation="nearest", cmap=colormap
-    )
-    colors.set_clim(*limits)
-    ax.set_facecolor("0.8")
-    ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    ax.set_xlabel("channel")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(colors, ax=ax, label=unit, extend="both" if limits[0] < 0 else "max")

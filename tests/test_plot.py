@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers that were given; a missing matplotlib is named with the extra."""
+"""Pictures: what is drawn are the numbers given; a missing matplotlib is named with the extra."""
 
 import builtins
 
@@ -49,28 +49,124 @@ def test_drift_map_without_moments_says_what_to_pass():
         plot.drift(health.model_report(two_layers()))
 
 
-def test_overview_leaves_out_what_is_not_known_and_marks_what_is_not_finite(tmp_path):
-    report = health.model_report(two_layers())
+def titles(figure):
+    return [ax.get_title().replace("\n", " ") for ax in figure.axes]
+
+
+def marks(ax):
+    """The (channel position, row, marker) of all findings of an overview."""
+    return [
+        (float(x), int(y), line.get_marker())
+        for line in ax.lines
+        if line.get_marker() not in ("None", "|")
+        for x, y in line.get_xydata()
+    ]
+
+
+def bars(ax):
+    """{row: (smallest, largest)} of one column of an overview."""
+    lines = [line.get_xydata() for line in ax.lines if line.get_linestyle() == "-"]
+    return {int(points[0][1]): (points[0][0], points[-1][0]) for points in lines}
+
+
+def test_overview_marks_findings_and_shows_the_range_of_every_number(tmp_path):
+    model = two_layers()
+    report = health.model_report(model)
     figure = plot.overview(report)
-    titles = [ax.get_title(loc="left").split(":")[0] for ax in figure.axes if ax.images]
-    assert titles == ["Dead", "Cancellation", "Output", "Scale"]
-    scale = next(ax for ax in figure.axes if ax.get_title(loc="left").startswith("Scale"))
-    np.testing.assert_array_equal(table(scale), [[1, 1, 1, 1], [1, 1, 1, np.nan]])
-    output = next(ax for ax in figure.axes if ax.get_title(loc="left").startswith("Output"))
-    crosses = [(x, y) for line in output.lines for x, y in line.get_xydata()]
-    assert crosses == [(1.0, 1.0)]
-    assert np.isnan(table(output)[1, 1])
+    assert titles(figure)[1:] == [
+        *("gamma (scale)", "running variance", "|mean| / std of the input"),
+        "mean / std of the output",
+    ]
+    assert "1 warning in 1 of them" in figure.get_suptitle()
+    found, scale, var = figure.axes[:3]
+    assert marks(found) == [(0.5, 1, plot.MARKS["not finite"][0])]
+    texts = [text.get_text() for text in found.texts]
+    assert texts == ["nothing found", "not finite 1"]
+    assert bars(scale) == {0: (1, 1), 1: (1, 1)}
+    expected = np.asarray(model["a"][1].var)
+    np.testing.assert_allclose(bars(var)[0], (expected.min(), expected.max()), rtol=1e-6)
     assert is_png(figure, tmp_path / "overview.png")
-    with_drift = plot.overview(
-        health.model_report(two_layers(), {"a": jbn.moments(jnp.asarray(X))})
+    moments = {"a": jbn.moments(jnp.asarray(X))}
+    with_drift = plot.overview(health.model_report(two_layers(), moments))
+    assert titles(with_drift)[-1] == "drift, in running std"
+    assert set(bars(with_drift.axes[-1])) == {0}
+
+
+def test_scale_zero_and_variance_zero_are_numbers():
+    """They are marked for what they are, pruned and dead, and not as broken."""
+    params = jbn.Params(jnp.array([0.0, 1.0, 1.0]), jnp.zeros(3))
+    state = jbn.State(jnp.zeros(3), jnp.array([1.0, 0.0, 1.0]), jnp.int32(500))
+    moments = jbn.Moments(
+        jnp.full(3, 100.0), jnp.array([0.0, 1.0, 0.0]), jnp.array([100.0, 0, 100])
     )
-    assert with_drift.axes[0].get_title(loc="left").startswith("Drift")
+    report = health.report(params, state, moments)
+    found = plot.overview(report).axes[0]
+    kinds = {marker: x for x, _, marker in marks(found)}
+    assert kinds == {plot.MARKS["prunable"][0]: 0.0} | {plot.MARKS["dead"][0]: 0.5}
+    ax = plot.drift(report).axes[0]
+    assert not [line for line in ax.lines if line.get_xydata().size]
+    assert np.isfinite(table(ax)).all()
+    assert table(ax)[0, 1] > 1e3
+
+
+def test_drift_map_crosses_what_is_not_finite():
+    params, state = jbn.init(3)
+    state = state._replace(mean=jnp.array([0.0, jnp.nan, 0.0]), count=jnp.int32(9))
+    moments = jbn.Moments(jnp.full(3, 100.0), jnp.zeros(3), jnp.full(3, 100.0))
+    ax = plot.drift(health.report(params, state, moments)).axes[0]
+    assert [tuple(point) for line in ax.lines for point in line.get_xydata()] == [(1, 0)]
+    assert np.isnan(table(ax)[0, 1])
+
+
+@pytest.mark.parametrize(("number", "rows"), [(53, 53), (200, 60)])
+def test_an_overview_fits_one_screen(number, rows):
+    """ResNet-50 has 53 batch norms; of more than 60 those with findings are shown."""
+    params, state = jbn.init(64)
+    state = state._replace(count=jnp.int32(500), mean=jnp.ones(64))
+    broken = state._replace(var=state.var.at[5].set(jnp.inf))
+    layers = {f"layer{k}": (params, broken if k % 50 == 49 else state) for k in range(number)}
+    figure = plot.overview(health.model_report(layers))
+    width, height = figure.get_size_inches()
+    assert width <= 16
+    assert height <= 10
+    found = figure.axes[0]
+    names = [label.get_text() for label in found.get_yticklabels()]
+    assert len(names) == rows
+    assert {f"layer{k} (64)" for k in range(49, number, 50)} <= set(names)
+    assert len(marks(found)) == number // 50
+    drift = plot.drift(
+        health.model_report(
+            {name: layers[name] for name in list(layers)[:53]},
+            {
+                f"layer{k}": jbn.Moments(*(jnp.full(64, v) for v in (9.0, 1.0, 1.0)))
+                for k in range(53)
+            },
+        )
+    )
+    assert drift.get_size_inches()[1] <= 10
 
 
 def test_overview_of_a_single_layer_report():
     params, state = jbn.init(3, use_scale=False)
     figure = plot.overview(health.report(params, state))
-    assert len([ax for ax in figure.axes if ax.images]) == 3
+    assert titles(figure)[1:] == [
+        *("running variance", "|mean| / std of the input"),
+        "mean / std of the output",
+    ]
+
+
+def test_the_colour_bar_of_a_drift_map_is_whole():
+    """Nothing of the label lies outside the picture, however few layers there are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    params, state = jbn.init(4)
+    figure = plot.drift(health.report(params, state, jbn.moments(jnp.asarray(X))))
+    FigureCanvasAgg(figure).draw()
+    box = figure.axes[1].get_tightbbox()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
 
 
 @pytest.mark.parametrize("axis", [-1, 0])

@@ -81,7 +81,7 @@ def finished(folder):
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_in_the_same_bits(tmp_path):
-    """Ten times kill -9 at a random step, any moment of it: each resumes where a whole checkpoint stands."""
+    """Ten times kill -9 at a random step: each run resumes where a whole checkpoint stands."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     began, expected = finished(tmp_path / "whole")

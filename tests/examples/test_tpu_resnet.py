@@ -91,6 +91,39 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(training):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
+def test_an_interrupt_saves_the_step_it_names_and_ends_with_one_line(training):
+    arguments, folder = training
+    saved = folder / "stopped"
+    process = _start([*arguments, "--checkpoints", saved], folder / "cache")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 3: loss" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate()
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    stopped = re.search(r"stopped after step (\d+): saved", rest)
+    assert stopped, rest
+    assert rest.rstrip().endswith("saved; the same command goes on from here")
+    assert int(stopped[1]) >= 3
+    assert (saved / stopped[1]).is_dir()
+    resumed = _finish(_start([*arguments, "--checkpoints", saved], folder / "cache"))
+    assert f"from step {stopped[1]} to {STEPS}" in resumed
+
+
+@pytest.mark.slow
+def test_the_evaluation_after_a_trial_is_as_short_as_the_trial(training):
+    """Two steps of 8 images in the first epoch, so two batches of the test images."""
+    arguments, folder = training
+    steps = arguments.index("--steps") + 1
+    trial = [*arguments[:steps], 2, *arguments[steps + 1 :], "--batch-size", 1]
+    output = _finish(_start(trial, folder / "cache"))
+    assert re.search(r"epoch 1: test accuracy [\d.]+ of 16 images", output), output
+
+
 def test_image_folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import image_data
@@ -100,7 +133,10 @@ def test_image_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for i in range(10):
             Image.new("RGB", (20 + i, 10), color).save(tmp_path / name / f"{i}.png")
-    train, test = image_data.load(str(tmp_path), 8)
+    (tmp_path / "red" / "notes.txt").write_text("no image")
+    (tmp_path / ".DS_Store").write_bytes(b"nor this")
+    with pytest.warns(UserWarning, match=r"notes\.txt.*DS_Store"):
+        train, test = image_data.load(str(tmp_path), 8)
     assert (len(train.labels), len(test.labels)) == (18, 2)
     for batch in image_data.batches(train, 6, seed=0):
         expected = np.array([(-1, -1, 1), (1, -1, -1)], np.float32)[batch["label"]]
@@ -115,14 +151,17 @@ def test_image_folder(tmp_path, monkeypatch):
     later = [b["label"] for b in image_data.batches(train, 6, seed=0, epoch=0, skip=1)]
     np.testing.assert_array_equal(later, epochs[0][1:])
     assert not np.array_equal(epochs[0], epochs[1])
-    with pytest.raises(ValueError, match="holds 0 images"):
+    with (
+        pytest.warns(UserWarning, match="red"),
+        pytest.raises(ValueError, match="holds 0 images"),
+    ):
         image_data.load(str(tmp_path / "red"), 8)
 
 
 @pytest.mark.aot("libtpu")
 @pytest.mark.slow
 def test_compile_only(tmp_path):
-    """On 256 chips the only collectives are all-reduces, none larger than the gradient of all parameters."""
+    """On 256 chips the only collectives are all-reduces, none larger than all parameters."""
     arguments = [
         "--compile-only",
         "v5e:16x16",
