@@ -76,7 +76,8 @@ def test_statistics_of_large_means(outlier, monkeypatch):
     np.testing.assert_array_equal(stats.count, want.count)
     np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-6)
     np.testing.assert_allclose(mean / std, want.mean / std, atol=1e-6)
-    affine = Affine(stats.shift, stats.offset, jnp.asarray(1 / std, jnp.float32), jnp.zeros(8))
+    gain = jnp.asarray(1 / std, jnp.float32)
+    affine = Affine(stats.shift, gain, -stats.offset * gain)
     y = mosaic_tpu.fwd_apply(
         jnp.asarray(x), affine, None, axis=(1,), activation=None, dtype=jnp.float32, interpret=True
     )
@@ -132,12 +133,14 @@ def test_fused_equal_oracle(shape, activation, with_residual):
     np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-5)
 
     rstd = jax.lax.rsqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, stats.offset, scale * rstd, jnp.asarray(bias))
+    gain = scale * rstd
+    affine = Affine(stats.shift, gain, bias - stats.offset * gain)
     saved = None if given is None else y if activation == "relu" else given
     got = mosaic_tpu.bwd_fused(
         jnp.asarray(x),
         jnp.asarray(dy),
         affine,
+        offset=stats.offset,
         rstd=rstd,
         d_stats=(jnp.asarray(dmean), jnp.asarray(dvar)),
         saved=saved,
@@ -145,13 +148,15 @@ def test_fused_equal_oracle(shape, activation, with_residual):
         **known,
     )
     assert got is not None
-    dx, dresidual, sum_dz, sum_dz_xc = got
+    dx, dresidual, sum_dz, sum_dz_x = got
     wanted = oracle.backward(
         x, dy, scale, bias, residual=residual, activation=activation, dmean=dmean, dvar=dvar
     )
     np.testing.assert_allclose(dx, wanted.x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(sum_dz, wanted.bias, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(rstd * sum_dz_xc, wanted.scale, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        rstd * (sum_dz_x - stats.offset * sum_dz), wanted.scale, rtol=1e-4, atol=1e-3
+    )
     if with_residual:
         np.testing.assert_allclose(dresidual, wanted.residual, rtol=1e-5, atol=1e-5)
 
@@ -207,9 +212,8 @@ def test_compiled_passes(shape, dtype, chip):
 
     def forward(x, scale, bias, residual=None):
         stats = mosaic_tpu.fwd_stats(x, scale, None, **axis)
-        affine = Affine(
-            stats.shift, stats.offset, scale * jax.lax.rsqrt(stats.m2 / stats.count + 1e-5), bias
-        )
+        gain = scale * jax.lax.rsqrt(stats.m2 / stats.count + 1e-5)
+        affine = Affine(stats.shift, gain, bias - stats.offset * gain)
         return mosaic_tpu.fwd_apply(
             x, affine, residual, activation=jax.nn.relu, dtype=dtype, **axis
         )
@@ -231,7 +235,7 @@ def test_compiled_passes(shape, dtype, chip):
         )
 
     small = 0.02  # vectors
-    affine, stats_gradient = Affine(*[vector] * 4), StatsGradient(vector, vector)
+    affine, stats_gradient = Affine(*[vector] * 3), StatsGradient(vector, vector)
     passes, kernels = _passes(chip, forward, x, vector, vector)
     assert kernels == {"fwd_stats", "fwd_apply"}
     assert passes <= 3 + small

@@ -81,12 +81,13 @@ def test_equals_oracle(activation, with_residual, dtype):
         else residual
     )
     common = {"saved": saved, "weights": None, "axis": AXIS, "activation": act}
-    sum_dz, sum_dz_xc = xla_tpu.bwd_stats(x, dy, affine, **common)
+    sum_dz, sum_dz_x = xla_tpu.bwd_stats(x, dy, affine, **common)
+    sum_dz_xc = sum_dz_x - stats.offset * sum_dz
     np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(rstd * sum_dz_xc, want.scale, rtol=1e-4, atol=1e-3)
+    slope = -affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count
     stats_gradient = StatsGradient(
-        -affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count,
-        -affine.gain * sum_dz / stats.count,
+        slope, -affine.gain * sum_dz / stats.count - slope * stats.offset
     )
     dx, dresidual = xla_tpu.bwd_apply(
         x,
