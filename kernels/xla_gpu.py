@@ -15,6 +15,7 @@ from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,
     Affine,
+    SavedOutput,
     Stats,
     StatsGradient,
     accumulator,
@@ -61,9 +62,21 @@ def fwd_apply(
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     y = (z if activation is None else activation(z)).astype(dtype)
-    # A barrier on y, which the backward pass reads, or XLA computes it again in each of its users.
-    # One on a y without a residual would keep a max-pool or projection out of its fusion.
-    return y if residual is None or activation is None else lax.optimization_barrier(y)
+    # Without a barrier XLA computes y again in each of its users. `save_output` puts relu's behind
+    # the packing of the mask. Without a residual a barrier would only keep y out of the fusion of a
+    # max-pool or projection.
+    recomputed = residual is not None and activation not in (None, jax.nn.relu)
+    return lax.optimization_barrier(y) if recomputed else y
+
+
+def save_output(y: Array, *, packed: bool) -> tuple[Array, SavedOutput]:
+    """(y, what the backward pass reads of it): a mask that has a sixteenth of the bytes of a bfloat16 y.
+
+    The mask is packed before the barrier on y, so that one kernel writes both.
+    """
+    mask = _pack(y > 0) if packed else None
+    y = lax.optimization_barrier(y)
+    return y, SavedOutput(y, mask)
 
 
 def bwd_stats(
@@ -145,13 +158,40 @@ def _sample(x, reduced):
 def _cotangent(x, dy, affine, saved, axis, activation):
     """dz. From y and in dy's dtype it is one array for all passes, the residual's cotangent; otherwise each makes its own."""
     if activation is jax.nn.relu and saved is not None:
-        return jnp.where(saved > 0, dy, jnp.zeros((), dy.dtype))
+        return jnp.where(_is_positive(saved), dy, jnp.zeros((), dy.dtype))
     acc = accumulator(x.dtype)
     saved = None if saved is None else saved.astype(acc)
     # In float32: XLA would share the zeros of a bfloat16 select with a max-pool's, as an array.
     return through_activation(
         x.astype(acc), dy.astype(acc), broadcastable(affine, x.ndim, axis), saved, activation
     )
+
+
+def _is_positive(saved):
+    """Whether y > 0."""
+    if not isinstance(saved, SavedOutput):
+        return saved > 0
+    y, mask = saved
+    # Where channels are split over devices, a part of them need not be a whole number of bytes.
+    fits = mask is not None and 8 * mask.shape[-1] == y.shape[-1]
+    return _unpack(mask) if fits else y > 0
+
+
+def _pack(mask):
+    """A bool array as uint8: eight neighbors along the last axis in a byte, the first the lowest bit."""
+    eights = mask.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
+    return (eights << _bits(eights.ndim)).sum(-1, dtype=jnp.uint8)
+
+
+def _unpack(packed):
+    """The bool array that `_pack` was given."""
+    bits = (packed[..., None] >> _bits(packed.ndim + 1)) & 1
+    return bits.astype(bool).reshape(*packed.shape[:-1], -1)
+
+
+def _bits(ndim):
+    """0 to 7 along the last of ndim axes."""
+    return lax.broadcasted_iota(jnp.uint8, (1,) * (ndim - 1) + (8,), ndim - 1)
 
 
 def _own(depth, affine):

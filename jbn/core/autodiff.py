@@ -46,6 +46,7 @@ from jbn.core.linear import linear
 from jbn.core.passes import Operands, zero_where
 from jbn.core.sharding import zeros_like
 from jbn.kernels.seam import (
+    SavedOutput,
     Stats,
     broadcastable,
     is_counted,
@@ -71,7 +72,7 @@ def batch_norm(
 def _batch_norm_jvp(config, primals, tangents):
     operands, weights, guess = primals
     y, batch = batch_norm(config, operands, weights, guess)
-    point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
+    y, point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
     mean = batch.shift + batch.offset
     t_y, t_stats = _linear(config, point, (_present(tangents[0]), None), (y, (mean, batch.m2)))
     t_mean, t_m2 = (
@@ -90,7 +91,7 @@ def normalize(config: Config, operands: Operands, mean: Array, var: Array) -> Ar
 def _normalize_jvp(config, primals, tangents):
     operands, mean, var = primals
     y = normalize(config, operands, mean, var)
-    point = passes.point(config, operands, None, _given(mean), var, y)
+    y, point = passes.point(config, operands, None, _given(mean), var, y)
     t_y, _ = _linear(config, point, (_present(tangents[0]), _present(tangents[1:])), (y, None))
     return y, t_y
 
@@ -144,6 +145,7 @@ def _tangent(config, point, tangents):
     t_z = t_z if t.residual is None else t_z + t.residual.astype(x.dtype)
     t_z = zero_where(replaced, t_z)
     # (d)
-    saved = None if point.saved is None else point.saved.astype(x.dtype)
+    saved = point.saved.y if isinstance(point.saved, SavedOutput) else point.saved
+    saved = None if saved is None else saved.astype(x.dtype)
     t_y = through_activation(x, t_z, vectors(affine), saved, config.activation)
     return t_y.astype(config.dtype), t_stats

@@ -6,6 +6,7 @@ On a single device a kernel may do both steps in one launch.
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -17,6 +18,7 @@ from jbn.kernels.seam import (
     BwdApply,
     BwdStats,
     FwdApply,
+    SavedOutput,
     Stats,
     StatsGradient,
     broadcastable,
@@ -50,7 +52,7 @@ class Point(NamedTuple):
     rstd: Array
     count: Array | None  # None where the statistics were given
     weights: Array | None
-    saved: Array | None
+    saved: Array | SavedOutput | None  # from which z is known, if not from x alone
 
 
 def forward(
@@ -80,13 +82,15 @@ def apply(config: Config, operands: Operands, weights: Array | None, s: Stats, v
 
 def point(
     config: Config, operands: Operands, weights: Array | None, s: Stats, var: Array, y: Array
-) -> Point:
-    """What the backward pass keeps of the forward pass. Statistics without a count were given."""
+) -> tuple[Array, Point]:
+    """(y, what the backward pass keeps). Statistics without a count were given."""
     affine, rstd = _affine(operands, s, var)
     saved = None
-    if config.activation is not None and operands.residual is not None:
+    if config.activation is jax.nn.relu and operands.residual is not None:
+        y, saved = op.save_output(config, y, weights)
+    elif config.activation is not None and operands.residual is not None:
         saved = y if config.activation in SIGN_PRESERVING else operands.residual
-    return Point(operands.x, affine, s.offset, rstd, s.count, weights, saved)
+    return y, Point(operands.x, affine, s.offset, rstd, s.count, weights, saved)
 
 
 def _affine(operands, s, var):
