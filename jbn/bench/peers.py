@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn.bench import layers
+from jbn.bench import peer_layers
 from jbn.bench.cases import Problem
 from jbn.core.op import PLATFORMS
 
@@ -40,14 +40,14 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
         compiled: whether to include torch.compile, which takes some seconds for each problem.
     """
     peers = [
-        jax_peer("flax.linen", "", layers.flax_linen),
-        jax_peer("flax.nnx", "", layers.flax_nnx),
+        jax_peer("flax.linen", "", peer_layers.flax_linen),
+        jax_peer("flax.nnx", "", peer_layers.flax_nnx),
     ]
     for name in _implementations(backend):
-        layer = functools.partial(layers.jbn_linen, implementation=name)
+        layer = functools.partial(peer_layers.jbn_linen, implementation=name)
         peers.append(jax_peer("jbn", name or "default", layer))
     missing = []
-    for library, layer in (("haiku", layers.haiku), ("equinox", layers.equinox)):
+    for library, layer in (("haiku", peer_layers.haiku), ("equinox", peer_layers.equinox)):
         if importlib.util.find_spec(library):
             peers.append(jax_peer(library, "", layer))
         else:
@@ -96,7 +96,7 @@ def module(peer: Peer) -> str:
     return "".join(c if c.isalnum() else "_" for c in peer.name)
 
 
-def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
+def jax_function(problem: Problem, layer: peer_layers.Layer) -> Callable:
     """f(params, stats, x, residual, dy) of a problem, not jitted."""
     add = (lambda residual: residual) if problem.adds else (lambda residual: None)
 
@@ -121,7 +121,7 @@ def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
 
 
 def jax_peer(
-    library: str, implementation: str, make_layer: Callable[[Problem], layers.Layer]
+    library: str, implementation: str, make_layer: Callable[[Problem], peer_layers.Layer]
 ) -> Peer:
     """The peer that runs a layer under jit."""
 

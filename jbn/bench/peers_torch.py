@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from jbn.bench.cases import Problem
-from jbn.bench.layers import EPS, MOMENTUM
+from jbn.bench.peer_layers import EPS, MOMENTUM
 
 
 def builders(backend: str, compiled: bool) -> Iterator[tuple[str, Callable]]:

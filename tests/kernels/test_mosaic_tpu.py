@@ -1,14 +1,17 @@
 """The TPU kernels: in interpret mode against the oracle, and compiled for chips that are not here."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import kernel_grid
 import numpy as np
 import oracle
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import jbn
-from jbn.bench import hlo, targets
+from jbn.bench import hlo, kernel_checks, targets
 from jbn.kernels import mosaic_tpu, mosaic_tpu_blocks
 from jbn.kernels.seam import Affine, Device, StatsGradient
 
@@ -159,6 +162,57 @@ def test_fused_equal_oracle(shape, activation, with_residual):
     )
     if with_residual:
         np.testing.assert_allclose(dresidual, wanted.residual, rtol=1e-5, atol=1e-5)
+
+
+# Each way to view an array; rows left over along the outer axis, along the inner one, and nowhere.
+SIMULATED = [
+    ((45, 24), "float32"),
+    ((50, 40), "bfloat16"),
+    ((3, 37, 200), "float32"),
+    ((2, 24, 130), "float32"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SIMULATED)
+def test_memory_is_used_as_on_a_chip(shape, dtype, monkeypatch, capfd):
+    """In the interpreter that simulates memory and copies.
+
+    Memory that was not written is NaN, a read out of bounds is an error, and an access that no
+    semaphore orders is printed as a race.
+    """
+    monkeypatch.setattr(mosaic_tpu_blocks, "STREAM_BYTES", 2**13)
+    monkeypatch.setattr(mosaic_tpu_blocks, "CHUNK_SIZE", 2**12)
+    assert np.prod(mosaic_tpu_blocks.stream(shape, jnp.dtype(dtype).itemsize).grid) > 1
+    params = pltpu.InterpretParams(
+        detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
+    )
+    flat = kernel_checks.inputs(math.prod(shape[:-1]), shape[-1], dtype, with_residual=True)
+    like_x = lambda a: a.reshape(shape) if a.ndim == 2 else a
+    as_rows = lambda a: a.reshape(flat.x.shape) if a.ndim == len(shape) else a
+    inputs = jax.tree.map(like_x, flat)
+    for name in kernel_checks.PASSES:
+        run = kernel_checks.function("mosaic_tpu", name, interpret=params)
+        result = jax.tree.map(as_rows, jax.jit(run)(inputs))
+        assert kernel_checks.error(name, flat, result) <= kernel_checks.tolerance(name, dtype)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_each_block_is_weighted_by_the_rows_before_it(monkeypatch):
+    """Blocks far from each other, several along both row axes: a wrong count moves the mean."""
+    monkeypatch.setattr(mosaic_tpu_blocks, "STREAM_BYTES", 2**13)
+    monkeypatch.setattr(mosaic_tpu_blocks, "CHUNK_SIZE", 2**12)
+    jax.clear_caches()  # the constants are read while tracing
+    shape = (3, 37, 200)
+    blocks = mosaic_tpu_blocks.stream(shape, 4)
+    assert blocks.grid[1] > 1
+    assert blocks.grid[2] > 1
+    assert blocks.ragged
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x += 100 * np.square(np.arange(3 * 37)).reshape(3, 37, 1).astype(np.float32) / 1e3
+    stats = mosaic_tpu.fwd_stats(jnp.asarray(x), jnp.zeros(200), None, axis=(2,), interpret=True)
+    want = oracle.moments(x)
+    np.testing.assert_allclose(stats.shift + stats.offset, want.mean, rtol=1e-6)
+    np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-6)
 
 
 def test_unsupported():
