@@ -10,18 +10,21 @@ array.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
 
 from jbn.kernels import mosaic_tpu_blocks
 from jbn.kernels import mosaic_tpu_bodies as bodies
 from jbn.kernels.mosaic_tpu_blocks import RowBlocks
 from jbn.kernels.seam import Affine, Device, Stats, StatsGradient
+from jbn.kernels.shared_gpu import launch_primitive
 from jbn.kernels.shared_pallas import channels_last, out_like
 
 
@@ -216,12 +219,12 @@ def _call(
 
     in_specs, out_specs = jax.tree.map(spec, (operands, results))
     order = "arbitrary" if sums else "parallel"
-    return pl.pallas_call(
+    run = functools.partial(
+        pl.pallas_call,
         functools.partial(body, blocks=blocks),
         grid=blocks.grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=results,
         scratch_shapes=[pltpu.VMEM(vectors(scratch), jnp.float32)] if scratch else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", order, order), vmem_limit_bytes=vmem_bytes
@@ -235,7 +238,43 @@ def _call(
         ),
         interpret=interpret,
         name=getattr(body, "func", body).__name__,
-    )(*operands)
+    )
+    if not interpret:
+        return run(out_shape=results)(*operands)
+    leaves, tree = jax.tree.flatten(operands)
+    out = _interpreted.bind(*leaves, launch=_Interpreted(run, tree, results))
+    return jax.tree.unflatten(jax.tree.structure(results), out)
+
+
+class _Interpreted(NamedTuple):
+    """A kernel as a function of the leaves of its operands, for `launch_primitive`."""
+
+    run: Callable  # pallas_call without the types of its results
+    tree: Any
+    results: tuple
+    interpret: bool = True
+    batchable: bool = True
+
+    # Types and specs have no hash of their own, and a launch is used once.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    @property
+    def shapes(self):
+        return tuple(result.shape for result in jax.tree.leaves(self.results))
+
+    def __call__(self, *leaves):
+        # What varies over manual mesh axes no longer does when the launch is lowered.
+        typed = lambda result: out_like(leaves[0], result.shape, result.dtype)
+        call = self.run(out_shape=jax.tree.map(typed, self.results))
+        return jax.tree.leaves(call(*jax.tree.unflatten(self.tree, leaves)))
+
+
+def _lower(context, launch, *operands):
+    return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
+
+
+_interpreted = launch_primitive("jbn_mosaic_tpu_interpreted", _lower)
 
 
 def _view(array, blocks):

@@ -194,8 +194,9 @@ def _place(blocks):
     left_inner = blocks.inner - j * blocks.block_inner
     here_outer = jnp.minimum(left_outer, blocks.block_outer)
     here_inner = jnp.minimum(left_inner, blocks.block_inner)
-    # All inner blocks of an outer row come before the next outer row.
-    before = i * (blocks.block_outer * blocks.inner) + here_outer * (j * blocks.block_inner)
+    # All inner blocks of an outer row come before the next outer row; there are several inner
+    # blocks only where a block has one outer row.
+    before = i * (blocks.block_outer * blocks.inner) + j * blocks.block_inner
     to_float = lambda n: n.astype(jnp.float32)
     return _Place(
         (i == 0) & (j == 0),

@@ -1,5 +1,6 @@
 """The TPU kernels: in interpret mode against the oracle, and compiled for chips that are not here."""
 
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
 
 import jbn
 from jbn.bench import hlo, kernel_checks, targets
@@ -213,6 +215,36 @@ def test_each_block_is_weighted_by_the_rows_before_it(monkeypatch):
     want = oracle.moments(x)
     np.testing.assert_allclose(stats.shift + stats.offset, want.mean, rtol=1e-6)
     np.testing.assert_allclose(stats.m2, want.m2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis_name", [None, "batch"])
+def test_interpreted_inside_shard_map(axis_name):
+    """With shard_map's default check of what varies: the same numbers as XLA's own functions."""
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    params, state = jbn.init(24)
+    x = jax.random.normal(jax.random.key(0), (16, 5, 24))
+
+    def forward_and_backward(implementation, x, params, dy):
+        layer = lambda x, params: jbn.batch_norm_train(
+            x,
+            params,
+            state,
+            axis_name=axis_name,
+            activation=jax.nn.relu,
+            implementation=implementation,
+        )[0]
+        y, vjp = jax.vjp(layer, x, params)
+        return y, vjp(dy)[0]
+
+    split, whole = PartitionSpec("batch"), PartitionSpec()
+    specs = {"in_specs": (split, whole, split), "out_specs": split}
+    got, want = (
+        jax.jit(jax.shard_map(functools.partial(forward_and_backward, name), mesh=mesh, **specs))(
+            x, params, jnp.cos(x)
+        )
+        for name in (INTERPRET, "xla")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 def test_unsupported():
