@@ -77,17 +77,6 @@ class Stats(NamedTuple):
     m2: Array  # sum of weight * (x - mean)^2
 
 
-class SavedOutput(NamedTuple):
-    """y = relu(z) for the backward pass of the jnp functions; only what a platform reads is kept.
-
-    Every platform gets both fields, because the types of a program are fixed before its platform
-    is known.
-    """
-
-    y: Array
-    mask: Array | None  # whether y > 0, eight elements of the last axis to a byte; zeros off the GPU
-
-
 class Affine(NamedTuple):
     """z = (x - shift) * gain + bias, one value of each per channel."""
 

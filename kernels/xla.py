@@ -14,7 +14,6 @@ from jax import Array, lax
 
 from jbn.kernels.seam import (
     Affine,
-    SavedOutput,
     Stats,
     StatsGradient,
     accumulator,
@@ -49,12 +48,6 @@ def fwd_apply(
         # backward pass.
         return jnp.where(z <= 0, 0, z).astype(dtype)
     return (z if activation is None else activation(z)).astype(dtype)
-
-
-def save_output(y: Array, *, packed: bool) -> tuple[Array, SavedOutput]:
-    """(y, what the backward pass reads of it): y itself, so the mask is only there for its type."""
-    mask = jnp.zeros((*y.shape[:-1], y.shape[-1] // 8), jnp.uint8) if packed else None
-    return y, SavedOutput(y, mask)
 
 
 def bwd_stats(
@@ -147,7 +140,6 @@ def _weighted_stats(x, weights, axis):
 def _cotangent(x, dy, affine, saved, weights, axis, activation):
     """dz, materialized once for the three passes over it; where the weight is zero it is never NaN or infinite."""
     acc = accumulator(x.dtype)
-    saved = saved.y if isinstance(saved, SavedOutput) else saved
     dz = dy
     if activation is not None:
         # A barrier on y, or XLA recomputes it here from x and the residual: one more tensor read.

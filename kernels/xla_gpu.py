@@ -15,7 +15,6 @@ from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,
     Affine,
-    SavedOutput,
     Stats,
     StatsGradient,
     accumulator,
@@ -62,21 +61,19 @@ def fwd_apply(
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     y = (z if activation is None else activation(z)).astype(dtype)
-    # Without a barrier XLA computes y again in each of its users. `save_output` puts relu's behind
-    # the packing of the mask. Without a residual a barrier would only keep y out of the fusion of a
-    # max-pool or projection.
+    # Without a barrier XLA computes y again in each of its users; relu's is in `output`. Without a
+    # residual a barrier would only keep y out of the fusion of a max-pool or projection.
     recomputed = residual is not None and activation not in (None, jax.nn.relu)
     return lax.optimization_barrier(y) if recomputed else y
 
 
-def save_output(y: Array, *, packed: bool) -> tuple[Array, SavedOutput]:
-    """(y, what the backward pass reads of it): a mask that has a sixteenth of the bytes of a bfloat16 y.
+def output(y: Array) -> Array:
+    """The y = relu(z + residual) that the program goes on with, if the backward pass reads y.
 
-    The mask is packed before the barrier on y, so that one kernel writes both.
+    Without a barrier XLA computes y again in each of its users. The backward pass reads the y
+    before the barrier, so that one kernel writes y and the packed mask.
     """
-    mask = _pack(y > 0) if packed else None
-    y = lax.optimization_barrier(y)
-    return y, SavedOutput(y, mask)
+    return lax.optimization_barrier(y)
 
 
 def bwd_stats(
@@ -158,7 +155,11 @@ def _sample(x, reduced):
 def _cotangent(x, dy, affine, saved, axis, activation):
     """dz. From y and in dy's dtype it is one array for all passes, the residual's cotangent; otherwise each makes its own."""
     if activation is jax.nn.relu and saved is not None:
-        return jnp.where(_is_positive(saved), dy, jnp.zeros((), dy.dtype))
+        mask = saved > 0
+        if x.shape[-1] % 8 == 0:
+            # XLA writes the packed mask beside y and keeps it: an eighth of the bytes of the mask.
+            mask = _unpack(_pack(mask))
+        return jnp.where(mask, dy, jnp.zeros((), dy.dtype))
     acc = accumulator(x.dtype)
     saved = None if saved is None else saved.astype(acc)
     # In float32: XLA would share the zeros of a bfloat16 select with a max-pool's, as an array.
@@ -167,18 +168,8 @@ def _cotangent(x, dy, affine, saved, axis, activation):
     )
 
 
-def _is_positive(saved):
-    """Whether y > 0."""
-    if not isinstance(saved, SavedOutput):
-        return saved > 0
-    y, mask = saved
-    # Where channels are split over devices, a part of them need not be a whole number of bytes.
-    fits = mask is not None and 8 * mask.shape[-1] == y.shape[-1]
-    return _unpack(mask) if fits else y > 0
-
-
 def _pack(mask):
-    """A bool array as uint8: eight neighbors along the last axis in a byte, the first the lowest bit."""
+    """A bool array as bytes of eight neighbors along the last axis, the first the lowest bit."""
     eights = mask.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
     return (eights << _bits(eights.ndim)).sum(-1, dtype=jnp.uint8)
 

@@ -16,7 +16,6 @@ from jbn.kernels import xla
 from jbn.kernels.seam import (
     SIGN_PRESERVING,
     Affine,
-    SavedOutput,
     Stats,
     StatsGradient,
     accumulator,
@@ -123,7 +122,6 @@ def _sums_about(x, shift, axis):
 def _cotangent(x, dy, affine, saved, weights, axis, activation):
     """dz; relu's stays in dy's dtype."""
     acc = accumulator(x.dtype)
-    saved = saved.y if isinstance(saved, SavedOutput) else saved
     vectors = broadcastable(affine, x.ndim, axis)
     if activation is None:
         dz = dy

@@ -46,7 +46,6 @@ from jbn.core.linear import linear
 from jbn.core.passes import Operands, zero_where
 from jbn.core.sharding import zeros_like
 from jbn.kernels.seam import (
-    SavedOutput,
     Stats,
     broadcastable,
     is_counted,
@@ -145,7 +144,6 @@ def _tangent(config, point, tangents):
     t_z = t_z if t.residual is None else t_z + t.residual.astype(x.dtype)
     t_z = zero_where(replaced, t_z)
     # (d)
-    saved = point.saved.y if isinstance(point.saved, SavedOutput) else point.saved
-    saved = None if saved is None else saved.astype(x.dtype)
+    saved = None if point.saved is None else point.saved.astype(x.dtype)
     t_y = through_activation(x, t_z, vectors(affine), saved, config.activation)
     return t_y.astype(config.dtype), t_stats

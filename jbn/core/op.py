@@ -73,15 +73,11 @@ def bwd_apply(
     return dx, dresidual[0] if dresidual else None
 
 
-def save_output(config: Config, y: Array, weights: Array | None) -> tuple[Array, Any]:
-    """(the y to go on with, what the backward pass reads of it), where y = relu(z + residual)."""
-    if weights is None and config.implementation not in (None, "xla"):
-        return y, y
-    # The type names the axes of an explicit mesh that split the last axis: it is not packed then.
-    spec = sharding.padded(jax.typeof(y).sharding.spec, y.ndim)
-    packed = weights is None and y.shape[-1] % 8 == 0 and spec[-1] is None
-    place = lambda module: functools.partial(module.save_output, packed=packed)
-    return lax.platform_dependent(y, cuda=place(xla_gpu), default=place(xla))
+def output(config: Config, y: Array) -> Array:
+    """The y = relu(z + residual) to go on with, where the backward pass keeps the one given."""
+    if config.implementation not in (None, "xla"):
+        return y
+    return lax.platform_dependent(y, cuda=xla_gpu.output, default=lambda y: y)
 
 
 def _run(config, arguments, residual_dtype=None):
@@ -449,12 +445,14 @@ def _without_padding(call, local, spec, shape, reduced, leaves):
         valid = inside if valid is None else valid & inside
     if valid is None:
         return local(*leaves)
-    zero = lambda array: jnp.where(valid, array, jnp.zeros((), array.dtype))
+    zero = lambda array: (
+        None if array is None else jnp.where(valid, array, jnp.zeros((), array.dtype))
+    )
     arguments = jax.tree.unflatten(call.tree, leaves)
     if isinstance(arguments, BwdStats):
         shift = broadcastable(arguments.affine.shift, valid.ndim, call.axis)
         x = jnp.where(valid, arguments.x, shift.astype(arguments.x.dtype))
-        dy, saved = zero(arguments.dy), jax.tree.map(zero, arguments.saved)
+        dy, saved = zero(arguments.dy), zero(arguments.saved)
         return local(*jax.tree.leaves(arguments._replace(x=x, dy=dy, saved=saved)))
     weights = valid if arguments.weights is None else zero(arguments.weights)
     weights = jnp.broadcast_to(

@@ -18,7 +18,6 @@ from jbn.kernels.seam import (
     BwdApply,
     BwdStats,
     FwdApply,
-    SavedOutput,
     Stats,
     StatsGradient,
     broadcastable,
@@ -52,7 +51,7 @@ class Point(NamedTuple):
     rstd: Array
     count: Array | None  # None where the statistics were given
     weights: Array | None
-    saved: Array | SavedOutput | None  # from which z is known, if not from x alone
+    saved: Array | None
 
 
 def forward(
@@ -83,13 +82,13 @@ def apply(config: Config, operands: Operands, weights: Array | None, s: Stats, v
 def point(
     config: Config, operands: Operands, weights: Array | None, s: Stats, var: Array, y: Array
 ) -> tuple[Array, Point]:
-    """(y, what the backward pass keeps). Statistics without a count were given."""
+    """(y, what the backward pass keeps of the forward pass). Statistics without a count were given."""
     affine, rstd = _affine(operands, s, var)
     saved = None
-    if config.activation is jax.nn.relu and operands.residual is not None:
-        y, saved = op.save_output(config, y, weights)
-    elif config.activation is not None and operands.residual is not None:
+    if config.activation is not None and operands.residual is not None:
         saved = y if config.activation in SIGN_PRESERVING else operands.residual
+        if config.activation is jax.nn.relu:
+            y = op.output(config, y)
     return y, Point(operands.x, affine, s.offset, rstd, s.count, weights, saved)
 
 

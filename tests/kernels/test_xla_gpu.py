@@ -74,6 +74,31 @@ def test_bfloat16_sum_with_a_residual():
     )
 
 
+def test_packed_mask_comes_back():
+    mask = np.random.default_rng(0).random((3, 5, 24)) > 0.4
+    packed = xla_gpu._pack(jnp.asarray(mask))
+    assert packed.dtype == jnp.uint8
+    assert packed.shape == (3, 5, 3)
+    np.testing.assert_array_equal(xla_gpu._unpack(packed), mask)
+
+
+@pytest.mark.parametrize("channels", [16, 12], ids=["packed", "not packed"])
+def test_mask_of_the_saved_output(channels):
+    generator = np.random.default_rng(0)
+    x, dy, y = (jnp.asarray(a, jnp.float32) for a in generator.normal(0, 1, (3, 40, channels)))
+    y = jax.nn.relu(y)
+    affine = xla_gpu.Affine(*jnp.ones((3, channels)))
+    known = {"saved": y, "weights": None, "axis": (1,), "activation": jax.nn.relu}
+    _, dz = xla_gpu.bwd_apply(x, dy, affine, stats_gradient=None, residual_dtype=dy.dtype, **known)
+    np.testing.assert_array_equal(dz, np.where(np.asarray(y) > 0, dy, 0))
+    assert ("shift_left" in str(_jaxpr(x, dy, affine, known))) == (channels == 16)
+
+
+def _jaxpr(x, dy, affine, known):
+    sums = lambda x, dy: xla_gpu.bwd_stats(x, dy, affine, **known)
+    return jax.make_jaxpr(sums)(x, dy)
+
+
 def _stats(x, axis=(1,), guess=0.0):
     features = tuple(x.shape[a] for a in axis)
     return jax.jit(xla_gpu.fwd_stats, static_argnames="axis")(
