@@ -1,8 +1,11 @@
 """Train ResNet-50 on all the devices there are: TPU, GPU or CPU.
 
-python examples/tpu_resnet.py --data imagenet/train --checkpoints checkpoints        on a TPU VM; again to resume
-python examples/tpu_resnet.py --fake-devices 8 --image-size 32 --steps 4             anywhere
-python examples/tpu_resnet.py --compile-only v5e:4x4                                 no TPU, but its compiler (jbn[aot])
+On a TPU VM, and again to resume:
+    python examples/tpu_resnet.py --data imagenet/train --checkpoints checkpoints
+Anywhere:
+    python examples/tpu_resnet.py --fake-devices 8 --image-size 32 --steps 4
+Without a TPU, by its compiler (jbn[aot]):
+    python examples/tpu_resnet.py --compile-only v5e:4x4
 """
 
 import argparse
@@ -35,7 +38,8 @@ def main():
     per_epoch = len(data.labels) // batch_size
     if per_epoch == 0:
         raise SystemExit(
-            f"{len(data.labels)} images do not fill a batch of {batch_size}: give a smaller --batch-size"
+            f"{len(data.labels)} images do not fill a batch of {batch_size}: "
+            "give a smaller --batch-size"
         )
     total = args.steps or args.epochs * per_epoch
     init, step, correct = setup(args, int(data.labels.max()) + 1, batch_size, total)
@@ -106,15 +110,16 @@ def compile_only(args):
         + memory.temp_size_in_bytes
     )
     print(
-        f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step"
+        f"{args.compile_only}, {len(devices)} chips, {args.norm}: "
+        f"per chip {used / 1e9:.2f} GB of memory used, per step"
     )
     print(
-        f"{found['moved'] / 1e9:.2f} GB moved, {found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:"
+        f"{found['moved'] / 1e9:.2f} GB moved, "
+        f"{found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:"
     )
     for (kind, result), times in sorted(hlo.collectives(compiled.as_text()).items()):
-        print(
-            f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}"
-        )
+        shown = result if len(result) < 80 else result[:77] + "..."
+        print(f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {shown}")
 
 
 def arguments():
@@ -124,7 +129,8 @@ def arguments():
     add = parser.add_argument
     add(
         "--data",
-        help="folder of one folder of images per class, or .npz (see image_data.py); made-up images if absent",
+        help="folder of one folder of images per class, or .npz (see image_data.py); "
+        "made-up images if absent",
     )
     add("--checkpoints", help="folder to save to, and to resume from")
     add("--save-every", type=int, default=1000, help="steps")

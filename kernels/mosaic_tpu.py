@@ -1,11 +1,10 @@
-"""The four functions as Pallas kernels for TPU, and forward and backward in one kernel each where a
-slab fits VMEM.
+"""The four functions as Pallas kernels for TPU, and a whole pass in one kernel where x fits VMEM.
 
-For batch norm on its own: beside a convolution XLA's fusions are better (xla_tpu.py).
+They are for batch norm on its own: beside a convolution XLA's fusions are better (xla_tpu.py).
 
-x is read as [outer, inner, channels] or [outer, channels, inner] (mosaic_tpu_blocks), whichever is
-its memory as XLA:TPU lays it out; k per-channel vectors are a [k, 1, channels] or [k, channels, 1]
-array.
+x is read as [outer, inner, channels] or [outer, channels, inner] (mosaic_tpu_blocks), depending on
+how XLA:TPU lays it out in memory.  k per-channel vectors are an array [k, 1, channels] or
+[k, channels, 1].
 """
 
 import functools
@@ -57,7 +56,7 @@ def fwd_stats(
 def fwd_apply(
     x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool
 ) -> Array:
-    """y = activation((x - mean) * gain + bias + residual)."""
+    """y = activation((x - shift) * gain + bias + residual)."""
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.fwd_apply, activation=activation)
@@ -69,7 +68,7 @@ def fwd_apply(
 def bwd_stats(
     x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool
 ) -> tuple[Array, Array]:
-    """The per-channel sums of dz and of dz * (x - mean), by one read of x and dy."""
+    """The per-channel sums of dz and of dz * (x - shift), by one read of x and dy."""
     assert weights is None
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
@@ -94,7 +93,7 @@ def bwd_apply(
     residual_dtype,
     interpret: bool,
 ) -> tuple[Array, Array | None]:
-    """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
+    """(dx, dz): dx = gain * dz + intercept + slope * (x - shift); dz in residual_dtype or None."""
     assert weights is None
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
@@ -125,7 +124,10 @@ def fwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Stats] | None:
-    """y and the statistics by one read of x and one write of y, or None where 128 channels do not fit VMEM."""
+    """y and the statistics by one read of x and one write of y.
+
+    None where 128 channels do not fit VMEM.
+    """
     assert axis == (x.ndim - 1,)
     arrays, vmem_bytes = (
         2 if residual is None else 3,
@@ -163,10 +165,10 @@ def bwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Array | None, Array, Array] | None:
-    """(dx, dresidual, sum dz, sum dz * (x - mean)) by one read of x and dy, or None where 128
-    channels do not fit VMEM.
+    """(dx, dresidual, sum dz, sum dz * (x - shift)) by one read of x and dy.
 
-    d_stats: the cotangents of the batch's mean and biased variance.
+    None where 128 channels do not fit VMEM.  d_stats: the cotangents of the batch's mean and biased
+    variance.
     """
     assert axis == (x.ndim - 1,)
     vmem_bytes = mosaic_tpu_blocks.VMEM_BYTES.get(device.kind, 0)

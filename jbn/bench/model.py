@@ -1,4 +1,7 @@
-"""Time a network's train step: with flax's batch norm, with jbn's from the same weights, and torchvision's ResNet-50."""
+"""Time a network's train step: with flax's batch norm and, from the same weights, with jbn's.
+
+torchvision's ResNet-50 is timed beside ours.
+"""
 
 import importlib.util
 import time
@@ -49,7 +52,7 @@ def measure(
 
 
 def batch_for(device: Any) -> tuple[int, int]:
-    """(batch, side) by memory: a ResNet-50 step, the largest, needs about 45 MB an image in bfloat16."""
+    """(batch, side) by memory: ResNet-50, the largest, needs about 45 MB an image in bfloat16."""
     if device.platform == "cpu":
         return 4, 64
     memory = (device.memory_stats() or {}).get("bytes_limit", 16e9)

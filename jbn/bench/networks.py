@@ -17,7 +17,7 @@ from jbn.bench.resnet import CLASSES, ResNet
 
 
 class InvertedBottleneck(nn.Module):
-    """1x1 to `expansion` times the channels, depthwise, squeeze-and-excitation if any, 1x1 to `filters`."""
+    """A widening 1x1 convolution, a depthwise one, squeeze-and-excitation, a narrowing 1x1."""
 
     filters: int
     stride: int

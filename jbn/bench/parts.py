@@ -1,10 +1,8 @@
-"""What `python -m jbn.bench device` measures: parts, each a list of items that run one after the
-other in one process.
+"""What `python -m jbn.bench device` measures: parts, each a list of items that run in one process.
 
-Run as `python -m jbn.bench.parts NAME FIRST FILE`: it runs the items of a part from number FIRST
-on, and appends to FILE a
-line before each, its rows, and a line after it.  Whoever started it sees which item hangs or takes
-the process down.
+`python -m jbn.bench.parts NAME FIRST FILE` runs the items of a part from number FIRST on.  For each
+it appends to FILE a line before, its rows, and a line after, so that whoever started it sees which
+item hangs or takes the process down.
 """
 
 import functools
@@ -112,7 +110,7 @@ def _row(samples, moved, **facts):
 
 
 def _copy(scale):
-    """What a program reaches that reads an array and writes as much: the roof over everything else."""
+    """The bandwidth of a copy, which nothing else can exceed."""
     for megabytes in (16, 64, 256, 1024) if scale is ACCELERATOR else (4, 16):
         for dtype in cases.DTYPES:
             yield Item(
@@ -209,7 +207,7 @@ def _speed_rows(scale, implementation, name, rows, channels, dtype, **facts):
 
 
 def _sweep(scale, implementation):
-    """Other values of each constant of the block choices, one at a time, on a large and a small shape."""
+    """Each constant of the block choices at other values, one at a time, on two shapes."""
     where, constants = kernel_checks.SWEEPS[implementation]
     for constant, values in {"": ("as it is",), **constants}.items():
         for value in values:
@@ -254,7 +252,7 @@ def _sweep_rows(scale, implementation, name, rows, channels, where, constant, va
 
 
 def _barrier(scale, implementation):
-    """The fused kernel again and again, through the public call: a barrier that can hang, hangs here."""
+    """The fused kernel many times through the public call, so that a barrier that can hang does."""
     run = functools.partial(_barrier_rows, scale, implementation)
     yield Item(f"{scale.repeats} times", run)
 

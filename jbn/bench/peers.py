@@ -16,9 +16,8 @@ from jbn.core.op import PLATFORMS
 class Peer(NamedTuple):
     """One way to run a problem.
 
-    build(problem, input_sets) returns run(i), which starts the computation on input set i and
-    returns what `wait` waits
-    for, or None where the library has no such layout.  What run returns begins with y.
+    build(problem, input_sets) returns run(i), or None where the library has no such layout.  run
+    starts the computation on input set i and returns what `wait` waits for; y comes first in it.
     """
 
     library: str
@@ -65,7 +64,7 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
 
 
 def copy(problem: Problem, input_sets: int) -> Callable[[int], Any]:
-    """A pass that reads x and writes as much: its time is 2T over the bandwidth that a program here reaches."""
+    """A pass that reads x and writes as much: the fastest way to move 2T on this device."""
     inputs = arrays(problem, input_sets)
     bits = jnp.uint16 if problem.dtype == "bfloat16" else jnp.uint32
     # Flips bits instead of computing: bfloat16 arithmetic is slow on CPUs.
@@ -92,7 +91,7 @@ def arrays(problem: Problem, input_sets: int) -> list[tuple[jax.Array, jax.Array
 
 
 def module(peer: Peer) -> str:
-    """What the compiled module of a JAX peer is called, after "jit_": a profile tells the peers apart by it."""
+    """The name of a JAX peer's compiled module after "jit_": profiles tell peers apart by it."""
     return "".join(c if c.isalnum() else "_" for c in peer.name)
 
 

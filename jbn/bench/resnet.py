@@ -1,4 +1,7 @@
-"""ResNet-50 (He et al. 2015, with the stride in the 3x3 convolution) for any batch norm, and the norms to compare."""
+"""ResNet-50 for any batch norm, and the norms to compare.
+
+He et al. 2015, with the stride in the 3x3 convolution.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +16,7 @@ CLASSES = 1000
 
 
 class BatchNorm(nn.BatchNorm):
-    """flax's, with the signature of jbn.linen.BatchNorm and so with the same variable tree: residual and activation follow."""
+    """flax's with the signature of jbn's: residual and activation follow the norm."""
 
     activation: Callable | None = None
 

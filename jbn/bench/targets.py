@@ -1,4 +1,4 @@
-"""Compile for a device that is not there: GPUs and TPUs from their compilers' wheels alone (extra `aot`)."""
+"""Compile for a GPU or TPU that is not there, from the wheels of the extra `aot` alone."""
 
 import functools
 import glob
@@ -79,13 +79,17 @@ def devices(target: str) -> tuple[Any, ...]:
         except NotImplementedError as error:
             # Without a GPU the plugin looks for CUDA libraries and gives up, unless JAX is told not
             # to want one.
-            mend = "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') before anything runs"
+            mend = (
+                "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') "
+                "before anything runs"
+            )
             raise RuntimeError(
                 f"target {target!r}: the CUDA plugin did not start; {mend}"
             ) from error
     if target.partition(":")[0] not in _TPUS:
         raise ValueError(
-            f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'"
+            f"target is {target!r}, expected one of {', '.join(TARGETS)}, "
+            "or a TPU topology such as 'v5e:16x16'"
         )
     _need("libtpu", target, "the TPU compiler")
     # Without the first libtpu waits for the metadata server of a Google Cloud machine; without the

@@ -99,7 +99,10 @@ def model_rows(target: str, *, batch: int, side: int, network: str = "resnet50")
 
 
 def summary(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes and counts of a compiled program; a conditional counts its cheapest branch, under "most" its dearest."""
+    """Bytes and counts of a compiled program.
+
+    Of a conditional the cheapest branch counts, and the costliest under "most".
+    """
     text = compiled.as_text() or ""
     operations = hlo.operations(text, branch=hlo.cheapest)
     memory = compiled.memory_analysis()
@@ -114,7 +117,7 @@ def summary(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def saved_bytes(fn: Callable, *args: Any) -> int:
-    """Bytes that fn's derivative keeps for the backward pass, arguments included where they are kept.
+    """Bytes that fn's derivative keeps for the backward pass, kept arguments included.
 
     Args:
         fn: function to (result, auxiliary results that are not differentiated).

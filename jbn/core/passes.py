@@ -82,7 +82,7 @@ def apply(config: Config, operands: Operands, weights: Array | None, s: Stats, v
 def point(
     config: Config, operands: Operands, weights: Array | None, s: Stats, var: Array, y: Array
 ) -> tuple[Array, Point]:
-    """(y, what the backward pass keeps of the forward pass). Statistics without a count were given."""
+    """(y to go on with, what the backward pass keeps). Statistics without a count were given."""
     affine, rstd = _affine(operands, s, var)
     saved = None
     if config.activation is not None and operands.residual is not None:

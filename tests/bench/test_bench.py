@@ -1,4 +1,4 @@
-"""The benchmark: everybody computes the same, clocks are read right, a planted slowdown shows, a hang costs one row."""
+"""The benchmark: every peer computes the same, clocks are read right, and a hang costs one row."""
 
 import contextlib
 import importlib
@@ -232,7 +232,10 @@ def test_a_real_profile_names_our_module(tmp_path):
 
 
 def _slower(make_layer, passes):
-    """The layer with passes over y that nothing needs: a sum of y that y then depends on, so that no fusion holds both."""
+    """The layer with passes over y that nothing needs.
+
+    y is made to depend on a sum of y, so that no fusion holds both.
+    """
 
     def make(problem, **options):
         layer = make_layer(problem, **options)

@@ -1,4 +1,4 @@
-"""The TPU kernels: in interpret mode against the oracle, and compiled for chips that are not here."""
+"""The TPU kernels: interpreted against the oracle, and compiled for chips that are not here."""
 
 import functools
 import math
@@ -68,7 +68,7 @@ def test_views_and_blocks(shape, dtype, activation, with_residual, monkeypatch):
 
 @pytest.mark.parametrize("outlier", [0.0, 1e6, None])
 def test_statistics_of_large_means(outlier, monkeypatch):
-    """Mean 1e4, std 1, the first row far away: var and y keep their digits, whatever shift the caller guesses."""
+    """Mean 1e4, std 1, the first row far away: var and y are exact, whatever shift is guessed."""
     monkeypatch.setattr(mosaic_tpu_blocks, "STREAM_BYTES", 2**14)
     monkeypatch.setattr(mosaic_tpu_blocks, "CHUNK_SIZE", 2**12)
     x = (np.random.default_rng(0).standard_normal((5000, 8)) + 1e4).astype(np.float32)
@@ -90,7 +90,7 @@ def test_statistics_of_large_means(outlier, monkeypatch):
 
 
 def test_half_of_the_rows_far_from_the_other():
-    """The second block is 1e4 away from all the kernel has seen: its digits count no more, and none that count are lost."""
+    """The second half lies 1e4 from the first: m2 is then so large that no digit of it is lost."""
     x = np.random.default_rng(0).standard_normal((2**16, 128)).astype(np.float32)
     x[2**15 :] += 1e4
     assert mosaic_tpu_blocks.stream(x.shape, 4).grid[1] > 2
@@ -292,7 +292,10 @@ def _passes(chip, fn, x, *args):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("shape", "dtype"), LARGE, ids=str)
 def test_compiled_passes(shape, dtype, chip):
-    """Forward 3 passes over x (4 with a residual), backward 5 (8 with a residual: saved and dresidual are read and written)."""
+    """Forward 3 passes over x, 4 with a residual; backward 5.
+
+    With a residual 8: both kernels read y as well, and dresidual is written.
+    """
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
     axis = {"axis": (len(shape) - 1,), "interpret": False}
 
@@ -336,7 +339,7 @@ def test_compiled_passes(shape, dtype, chip):
 @pytest.mark.parametrize(("shape", "dtype"), RESIDENT, ids=str)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_compiled_fused_passes(shape, dtype, chip):
-    """Forward 2 passes where two arrays fit VMEM, forward and backward 5 where three do, through the public call."""
+    """By the public call: forward 2 passes where two arrays fit VMEM, backward 3 if three do."""
     x, vector = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
     state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
 

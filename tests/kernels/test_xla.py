@@ -1,4 +1,4 @@
-"""kernels/xla.py: the specification of the four functions, its accuracy, and the temporaries of the compiled passes."""
+"""kernels/xla.py: the specification, its accuracy, and the temporaries of the compiled passes."""
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def test_no_full_size_temporaries(dtype, activation, add):
 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_relu_mask_is_linear_about_a_zero_cotangent(with_residual):
-    """The mask is written such that dy is read twice, and compared to zero: its tangent must not be."""
+    """The mask reads dy twice and compares it with zero; its tangent must not depend on that."""
     x, y, t = draw(*SHAPE), jax.nn.relu(draw(*SHAPE, seed=4)), draw(*SHAPE, seed=5)
     affine, _, _, _ = affine_of(x, AXIS, 1e-3)
     known = {

@@ -1,4 +1,4 @@
-"""The placement for TPU, in jax.numpy: its numbers on CPU, and what the TPU compiler makes of it."""
+"""The jnp functions for TPU: their numbers on CPU, and what the TPU compiler makes of them."""
 
 import functools
 
@@ -139,7 +139,7 @@ def _arguments(batch, features, place=lambda spec: None):
 @pytest.mark.aot("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_statistics_stay_in_the_convolution(chip):
-    """Once the running mean is near: the convolution with its statistics, one pass for y, and nothing between."""
+    """With a near running mean: the convolution with its statistics, one pass for y, no more."""
     text = targets.compile_for(chip, _block, *_arguments(128, 512)).as_text()
     run = hlo.operations(text, branch=hlo.cheapest)
     size = 2 * 128 * 28 * 28 * 512
