@@ -1,7 +1,9 @@
 """The TPU kernels through the functional API: checked against float64 NumPy, and timed where there
 is a TPU.
 
-python examples/tpu_kernels.py          on a TPU VM; elsewhere on small arrays in Pallas' interpret mode, not timed
+python examples/tpu_kernels.py
+
+Run it on a TPU VM. Elsewhere it takes small arrays in Pallas' interpret mode, and times nothing.
 """
 
 import functools
@@ -67,7 +69,8 @@ def median_seconds(function, *args, repeats=20):
 
 def main():
     print(
-        f"{jax.devices()[0].device_kind}: implementation {IMPLEMENTATION!r}, batch norm + residual + ReLU, random normal data"
+        f"{jax.devices()[0].device_kind}: implementation {IMPLEMENTATION!r}, "
+        "batch norm + residual + ReLU, random normal data"
     )
     for shape in SHAPES:
         for dtype in (jnp.float32, jnp.bfloat16):

@@ -146,15 +146,16 @@ def compile_only(args):
         + memory.temp_size_in_bytes
     )
     print(
-        f"{args.compile_only}, {len(devices)} chips, {args.norm}: per chip {used / 1e9:.2f} GB of memory used, per step"
+        f"{args.compile_only}, {len(devices)} chips, {args.norm}: "
+        f"per chip {used / 1e9:.2f} GB of memory used, per step"
     )
     print(
-        f"{found['moved'] / 1e9:.2f} GB moved, {found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:"
+        f"{found['moved'] / 1e9:.2f} GB moved, "
+        f"{found['estimated_cycles'] / 1e6:.2f} M estimated cycles, collectives:"
     )
     for (kind, result), times in sorted(hlo.collectives(compiled.as_text()).items()):
-        print(
-            f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {result if len(result) < 80 else result[:77] + '...'}"
-        )
+        shown = result if len(result) < 80 else result[:77] + "..."
+        print(f"  {times:4} {kind} of {hlo.nbytes(result)} bytes: {shown}")
 
 
 def arguments():
@@ -164,7 +165,8 @@ def arguments():
     add = parser.add_argument
     add(
         "--data",
-        help="folder of one folder of images per class, or .npz (see image_data.py); made-up images if absent",
+        help="folder of one folder of images per class, or .npz (see image_data.py); "
+        "made-up images if absent",
     )
     add("--checkpoints", help="folder to save to, and to resume from")
     add("--save-every", type=int, default=1000, help="steps")

@@ -1,27 +1,29 @@
-"""The four functions as Pallas kernels for TPU, and forward and backward in one kernel each where a
-slab fits VMEM.
+"""The four functions as Pallas kernels for TPU, and a whole pass in one kernel where x fits VMEM.
 
-For batch norm on its own: beside a convolution XLA's fusions are better (xla_tpu.py).
+They are for batch norm on its own: beside a convolution XLA's fusions are better (xla_tpu.py).
 
-x is read as [outer, inner, channels] or [outer, channels, inner] (mosaic_tpu_blocks), whichever is
-its memory as XLA:TPU lays it out; k per-channel vectors are a [k, 1, channels] or [k, channels, 1]
-array.
+x is read as [outer, inner, channels] or [outer, channels, inner] (mosaic_tpu_blocks), depending on
+how XLA:TPU lays it out in memory.  k per-channel vectors are an array [k, 1, channels] or
+[k, channels, 1].
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
 
 from jbn.kernels import mosaic_tpu_blocks
 from jbn.kernels import mosaic_tpu_bodies as bodies
 from jbn.kernels.mosaic_tpu_blocks import RowBlocks
 from jbn.kernels.seam import Affine, Device, Stats, StatsGradient
+from jbn.kernels.shared_gpu import launch_primitive
 from jbn.kernels.shared_pallas import channels_last, out_like
 
 
@@ -54,7 +56,7 @@ def fwd_stats(
 def fwd_apply(
     x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype, interpret: bool
 ) -> Array:
-    """y = activation((x - mean) * gain + bias + residual)."""
+    """y = activation((x - shift) * gain + bias + residual)."""
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
     body = functools.partial(bodies.fwd_apply, activation=activation)
@@ -66,7 +68,7 @@ def fwd_apply(
 def bwd_stats(
     x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation, interpret: bool
 ) -> tuple[Array, Array]:
-    """The per-channel sums of dz and of dz * (x - mean), by one read of x and dy."""
+    """The per-channel sums of dz and of dz * (x - shift), by one read of x and dy."""
     assert weights is None
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
@@ -91,7 +93,7 @@ def bwd_apply(
     residual_dtype,
     interpret: bool,
 ) -> tuple[Array, Array | None]:
-    """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
+    """(dx, dz): dx = gain * dz + intercept + slope * (x - shift); dz in residual_dtype or None."""
     assert weights is None
     assert axis == (x.ndim - 1,)
     blocks = mosaic_tpu_blocks.stream(x.shape, x.dtype.itemsize)
@@ -122,7 +124,10 @@ def fwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Stats] | None:
-    """y and the statistics by one read of x and one write of y, or None where 128 channels do not fit VMEM."""
+    """y and the statistics by one read of x and one write of y.
+
+    None where 128 channels do not fit VMEM.
+    """
     assert axis == (x.ndim - 1,)
     arrays, vmem_bytes = (
         2 if residual is None else 3,
@@ -160,10 +165,10 @@ def bwd_fused(
     device: Device,
     interpret: bool,
 ) -> tuple[Array, Array | None, Array, Array] | None:
-    """(dx, dresidual, sum dz, sum dz * (x - mean)) by one read of x and dy, or None where 128
-    channels do not fit VMEM.
+    """(dx, dresidual, sum dz, sum dz * (x - shift)) by one read of x and dy.
 
-    d_stats: the cotangents of the batch's mean and biased variance.
+    None where 128 channels do not fit VMEM.  d_stats: the cotangents of the batch's mean and biased
+    variance.
     """
     assert axis == (x.ndim - 1,)
     vmem_bytes = mosaic_tpu_blocks.VMEM_BYTES.get(device.kind, 0)
@@ -216,12 +221,12 @@ def _call(
 
     in_specs, out_specs = jax.tree.map(spec, (operands, results))
     order = "arbitrary" if sums else "parallel"
-    return pl.pallas_call(
+    run = functools.partial(
+        pl.pallas_call,
         functools.partial(body, blocks=blocks),
         grid=blocks.grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=results,
         scratch_shapes=[pltpu.VMEM(vectors(scratch), jnp.float32)] if scratch else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", order, order), vmem_limit_bytes=vmem_bytes
@@ -235,7 +240,43 @@ def _call(
         ),
         interpret=interpret,
         name=getattr(body, "func", body).__name__,
-    )(*operands)
+    )
+    if not interpret:
+        return run(out_shape=results)(*operands)
+    leaves, tree = jax.tree.flatten(operands)
+    out = _interpreted.bind(*leaves, launch=_Interpreted(run, tree, results))
+    return jax.tree.unflatten(jax.tree.structure(results), out)
+
+
+class _Interpreted(NamedTuple):
+    """A kernel as a function of the leaves of its operands, for `launch_primitive`."""
+
+    run: Callable  # pallas_call without the types of its results
+    tree: Any
+    results: tuple
+    interpret: bool = True
+    batchable: bool = True
+
+    # Types and specs have no hash of their own, and a launch is used once.
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    @property
+    def shapes(self):
+        return tuple(result.shape for result in jax.tree.leaves(self.results))
+
+    def __call__(self, *leaves):
+        # What varies over manual mesh axes no longer does when the launch is lowered.
+        typed = lambda result: out_like(leaves[0], result.shape, result.dtype)
+        call = self.run(out_shape=jax.tree.map(typed, self.results))
+        return jax.tree.leaves(call(*jax.tree.unflatten(self.tree, leaves)))
+
+
+def _lower(context, launch, *operands):
+    return mlir.lower_fun(launch, multiple_results=True)(context, *operands)
+
+
+_interpreted = launch_primitive("jbn_mosaic_tpu_interpreted", _lower)
 
 
 def _view(array, blocks):

@@ -76,7 +76,7 @@ class RowBlocks(NamedTuple):
 
 
 def stream(shape: tuple[int, ...], itemsize: int) -> RowBlocks:
-    """For kernels that read each array once: blocks that fit the VMEM of every TPU, of channels-last arrays of any size."""
+    """Blocks for kernels that read each channels-last array once; they fit every TPU's VMEM."""
     order, minor, outer, inner, channels = _memory(shape)
     # Two blocks of channels or more, for the chips whose two cores work as one device (v4, v5p).
     unit = LANES if minor else 2 * SUBLANES
@@ -101,7 +101,10 @@ def stream(shape: tuple[int, ...], itemsize: int) -> RowBlocks:
 def resident(
     shape: tuple[int, ...], itemsize: int, arrays: int, vmem_bytes: int
 ) -> RowBlocks | None:
-    """All rows of as few channels as can be, of `arrays` arrays and twice, in VMEM; None where they do not fit."""
+    """All rows of as few channels as possible, of `arrays` arrays, double-buffered in VMEM.
+
+    None where they do not fit.
+    """
     order, minor, outer, inner, channels = _memory(shape)
     block_channels = min(channels, LANES if minor else 2 * SUBLANES)
     lanes = LANES if minor else _up(block_channels, SUBLANES) * SUBLANES
@@ -126,11 +129,10 @@ def _memory(shape):
     """(order, whether channels are minor, outer, inner, channels) of a channels-last array as
     XLA:TPU lays it out.
 
-    It takes for the two tiled axes those that need the least padding to 8 x 128, the last ones
-    where that is the same
-    (compiled.input_formats, v5e and v5p).  Seen from another order the array would be copied.
-    Where the channels are minor and 8 or 16 divides the axis before, its tiles are free to join the
-    outer rows.
+    XLA tiles the two axes that need the least padding to 8 x 128, and the last two of those that
+    need the same (compiled.input_formats, v5e and v5p).  In another order the array would be
+    copied.  Where the channels are minor and 8 or 16 divides the axis before them, whole tiles of
+    that axis can join the outer rows.
     """
     last = len(shape) - 1
     pairs = itertools.permutations(range(last, -1, -1), 2)
@@ -154,7 +156,7 @@ def _step(lanes, channels_minor):
 
 
 def _near(most, total):
-    """A number of chunks per block, at most `most`: one that divides the total, if there is any above half of it."""
+    """How many chunks make a block: a divisor of the total above most / 2 if any, else `most`."""
     return next((n for n in range(most, most // 2, -1) if total % n == 0), most)
 
 

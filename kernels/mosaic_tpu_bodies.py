@@ -1,7 +1,7 @@
-"""The bodies of the TPU kernels: a block of channels meets its rows one block after the other.
+"""The bodies of the TPU kernels.
 
-So sums stay in VMEM and are always taken in the same order.  A block is walked in chunks that fit
-registers.
+A block of channels takes its rows one block after the other, so that sums stay in VMEM and are
+always taken in the same order.  A block is walked in chunks that fit registers.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,8 @@ def fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
     @pl.when(place.first)
     def _():
         (total,) = _sums(lambda at: (_load(x_ref, at),), blocks, place)
-        # The maximum changes nothing, but x - total / count would become one rounding less where
-        # XLA:CPU interprets this.
+        # The maximum changes no value. It stops XLA:CPU (interpret mode) from fusing the division
+        # into x - shift, which would give `shift` a different rounding there.
         shift_ref[...] = jnp.maximum(total / place.count, jnp.finfo(total.dtype).min)
         offset_ref[...] = jnp.zeros(total.shape, total.dtype)
         m2_ref[...] = jnp.zeros(total.shape, total.dtype)
@@ -148,7 +148,10 @@ def bwd_fused(
     blocks,
     activation,
 ):
-    """All rows of a block of channels: dx after the sums, from one read of x and dy. through: offset, rstd, dmean, dvar."""
+    """All rows of a block of channels: dx after the sums, from one read of x and dy.
+
+    through_ref holds offset, rstd, dmean and dvar.
+    """
     bwd_stats(
         x_ref,
         dy_ref,
@@ -179,11 +182,11 @@ def bwd_fused(
 
 
 class _Place(NamedTuple):
-    """Where in the array this step of the grid is. Counts are float32 scalars: rows of the block that exist, rows before."""
+    """Where in the array this step of the grid is."""
 
-    first: Array
-    count: Array
-    before: Array
+    first: Array  # whether it is the first of its channels
+    count: Array  # rows of the block that exist, a float32 scalar
+    before: Array  # rows of the blocks before, a float32 scalar
     left_outer: Array  # rows from the start of the block to the end of the array
     left_inner: Array
 
@@ -194,8 +197,9 @@ def _place(blocks):
     left_inner = blocks.inner - j * blocks.block_inner
     here_outer = jnp.minimum(left_outer, blocks.block_outer)
     here_inner = jnp.minimum(left_inner, blocks.block_inner)
-    # All inner blocks of an outer row come before the next outer row.
-    before = i * (blocks.block_outer * blocks.inner) + here_outer * (j * blocks.block_inner)
+    # All inner blocks of an outer row come before the next outer row; there are several inner
+    # blocks only where a block has one outer row.
+    before = i * (blocks.block_outer * blocks.inner) + j * blocks.block_inner
     to_float = lambda n: n.astype(jnp.float32)
     return _Place(
         (i == 0) & (j == 0),
@@ -212,7 +216,7 @@ def _for_chunks(body, blocks):
 
 
 def _sums(terms, blocks, place):
-    """Sums over the rows of this block of the arrays that terms(index) gives for a chunk, as vectors."""
+    """Sums over the rows of this block; terms(index) gives the arrays to sum for a chunk."""
 
     def chunk_sums(k):
         index, outer, inner = _index(k, blocks)

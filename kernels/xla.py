@@ -1,9 +1,8 @@
 """The four functions in jax.numpy: the specification of every kernel, and the fast path on CPU.
 
-On CPU the time is decided by what XLA fuses into its YNNPACK reductions: a convert, subtract or
-multiply joins one only if
-nothing else uses it, and common-subexpression elimination makes reductions share.  `_isolate`
-prevents the sharing.
+On CPU the time is decided by what XLA fuses into its YNNPACK reductions.  A convert, subtract or
+multiply joins a reduction only if nothing else uses its result, but common-subexpression
+elimination (CSE) makes reductions share their inputs.  `_isolate` prevents the sharing.
 """
 
 import jax
@@ -31,7 +30,7 @@ MAX_SQUARED_MEAN = 100.0
 
 
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
-    """Count, mean and m2 of each channel. No guess of the mean is needed: the first pass finds it."""
+    """Count, mean and m2 of each channel. `shift` is not used: the first pass finds the mean."""
     del shift
     return _plain_stats(x, axis) if weights is None else _weighted_stats(x, weights, axis)
 
@@ -43,8 +42,8 @@ def fwd_apply(
     acc = accumulator(x.dtype)
     z = pre_activation(x.astype(acc), _vectors(affine, x.ndim, axis), _cast(residual, acc))
     if activation is jax.nn.relu and residual is not None:
-        # As a select: XLA would make a maximum, the residual read for it included, again in the
-        # backward pass.
+        # A select, because XLA would compute a maximum again in the backward pass, and would read
+        # the residual for it.
         return jnp.where(z <= 0, 0, z).astype(dtype)
     return (z if activation is None else activation(z)).astype(dtype)
 
@@ -60,10 +59,11 @@ def bwd_stats(
     x, dz, shift = _isolate(4, x, dz, broadcastable(affine.shift, x.ndim, axis))
     centered = lambda x, dz, shift: (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
     if activation is not None and saved is None:
-        sum_dz_x = centered(x, dz, shift)  # beside a conditional dx would not take the memory of dz
+        # No lax.cond here: with one, XLA would not reuse dz's buffer for dx, and the peak memory
+        # would grow by one tensor.
+        sum_dz_x = centered(x, dz, shift)
     else:
-        # The subtraction makes this pass 1.2 to 1.6 times as long, and near zero there is nothing
-        # to subtract.
+        # The subtraction makes this pass 1.2 to 1.6 times as long; a mean near zero has shift 0.
         plain = lambda x, dz, shift: (dz.astype(acc) * x.astype(acc)).sum(reduced)
         sum_dz_x = lax.cond(jnp.all(shift == 0), plain, centered, x, dz, shift)
     return sum_dz, sum_dz_x
@@ -81,7 +81,10 @@ def bwd_apply(
     activation,
     residual_dtype,
 ) -> tuple[Array, Array | None]:
-    """dx = gain * dz + weights * (intercept + slope * (x - mean)), and dz itself for the residual where there is one."""
+    """(dx, dz): dx = gain * dz + weights * (intercept + slope * (x - shift)).
+
+    dz is the residual's cotangent, in residual_dtype; None where that is None.
+    """
     acc = accumulator(x.dtype)
     dtype = x.dtype
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
@@ -115,14 +118,14 @@ def _plain_stats(x, axis):
         )
         return shift, offset, var
 
-    # The shift differs between the branches, so it leaves them as an array: otherwise XLA would
-    # make it again, division and all, for every element of every pass over x.
+    # The branches return `shift`. If both returned the same expression, XLA would hoist it and
+    # compute it again, division and all, for every element of every pass over x.
     shift, offset, var = lax.cond(jnp.all(mean * mean <= MAX_SQUARED_MEAN * var), near, far, x)
     return Stats(jnp.full_like(mean, count), shift, offset, jnp.maximum(var, 0) * count)
 
 
 def _weighted_stats(x, weights, axis):
-    """Three sums; an element of weight zero is never read, whatever it holds."""
+    """By three sums; what an element of weight zero holds has no influence, even NaN."""
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
     weights = jnp.broadcast_to(weights.astype(acc), x.shape)
@@ -137,7 +140,7 @@ def _weighted_stats(x, weights, axis):
 
 
 def _cotangent(x, dy, affine, saved, weights, axis, activation):
-    """dz, materialized once for the three passes over it; where the weight is zero it is never NaN or infinite."""
+    """dz, written to memory once for the three passes over it; finite where the weight is zero."""
     acc = accumulator(x.dtype)
     dz = dy
     if activation is not None:
@@ -145,8 +148,8 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         saved = None if saved is None else lax.optimization_barrier(saved).astype(acc)
         arriving = dy.astype(acc)
         if activation is jax.nn.relu and dy.dtype == acc:
-            # y > 0 is so short that LLVM unrolls a loop over 32 channels, and does not vectorize it
-            # then: twice the time.
+            # y > 0 is so short that LLVM unrolls a loop over 32 channels and then does not
+            # vectorize it, which doubles the time.
             saved = None if saved is None else saved + jnp.abs(saved)
             arriving = _read_twice(arriving)
         dz = through_activation(
@@ -161,7 +164,11 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
 
 @jax.custom_jvp
 def _read_twice(dy):
-    """dy. Where only relu's mask reads it, LLVM loads it under that mask: 1.3 times as long (AMD with AVX-512)."""
+    """dy, read a second time to be compared with zero.
+
+    If only relu's mask reads dy, LLVM loads it under that mask, which takes 1.3 times as long (AMD
+    with AVX-512).
+    """
     return jnp.where(dy != 0, dy, 0)
 
 
@@ -169,12 +176,12 @@ _read_twice.defjvp(lambda primals, tangents: (_read_twice(*primals), *tangents))
 
 
 def _vectors(affine, ndim, axis):
-    """The map with three vectors, made before the pass over x: XLA would fuse their making into every element of it."""
+    """The vectors behind barriers; XLA would compute them again for each element of x."""
     return broadcastable(barrier(affine), ndim, axis)
 
 
 def _isolate(depth, *values):
-    """Keep CSE from merging what different reductions read: barriers of different nesting are not equal."""
+    """Keep CSE from sharing an input of several reductions: barriers of other depths differ."""
     for _ in range(depth):
         values = barrier(values)
     return values[0] if len(values) == 1 else values

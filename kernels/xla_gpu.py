@@ -1,8 +1,8 @@
 """The four functions in jax.numpy, placed for XLA:GPU, where every pass over memory counts and a
 launch costs little.
 
-Statistics take one pass, about a shift that a sample of x gives.  Weighted calls are those of
-`xla`.
+Statistics take one pass, about a shift that is estimated from a sample of x.  Calls with weights
+go to `xla`.
 """
 
 import math
@@ -27,13 +27,16 @@ from jbn.kernels.seam import (
     through_activation,
 )
 
-# Rows per group of the sample whose means vote on the shift: within std / 4 of the mean, and 48
-# rows are read in all.
+# The shift is the median of three means of 16 rows each. It lies within about std / 4 of the mean
+# and costs reading 48 rows.
 GROUP_ROWS = 16
 
 
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
-    """Count, mean and m2 of each channel, in one pass; `shift` stands in for sampled values that are not finite."""
+    """Count, mean and m2 of each channel, in one pass about a sampled mean.
+
+    `shift` takes the place of sampled values that are not finite.
+    """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
     reduced = reduced_axes(x.ndim, axis)
@@ -50,7 +53,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
 def fwd_apply(
     x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
 ) -> Array:
-    """y = activation((x - mean) * gain + bias + residual)."""
+    """y = activation((x - shift) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
     vectors = broadcastable(affine, x.ndim, axis)
     if residual is None or activation not in (None, *SIGN_PRESERVING):
@@ -58,19 +61,30 @@ def fwd_apply(
             x.astype(acc), vectors, None if residual is None else residual.astype(acc)
         )
     else:
-        # In float32 the residual would be kept for the backward pass in another fusion than y's.
+        # A sum in float32 would make XLA keep the residual for the backward pass, from a fusion of
+        # its own.
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     y = (z if activation is None else activation(z)).astype(dtype)
-    # A barrier on y, which the backward pass reads, or XLA computes it again in each of its users.
-    # One on a y without a residual would keep a max-pool or projection out of its fusion.
-    return y if residual is None or activation is None else lax.optimization_barrier(y)
+    # Without a barrier XLA computes y again in each of its users; relu's is in `output`. Without a
+    # residual a barrier would only keep y out of the fusion of a max-pool or projection.
+    recomputed = residual is not None and activation not in (None, jax.nn.relu)
+    return lax.optimization_barrier(y) if recomputed else y
+
+
+def output(y: Array) -> Array:
+    """The y = relu(z + residual) that the program goes on with, if the backward pass reads y.
+
+    Without a barrier XLA computes y again in each of its users. The backward pass reads the y
+    before the barrier, so that one kernel writes y and the packed mask.
+    """
+    return lax.optimization_barrier(y)
 
 
 def bwd_stats(
     x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
 ) -> tuple[Array, Array]:
-    """The per-channel sums of dz and of dz * (x - mean)."""
+    """The per-channel sums of dz and of dz * (x - shift)."""
     if weights is not None:
         return xla.bwd_stats(
             x, dy, affine, saved=saved, weights=weights, axis=axis, activation=activation
@@ -98,7 +112,10 @@ def bwd_apply(
     activation,
     residual_dtype,
 ) -> tuple[Array, Array | None]:
-    """dx = gain * dz + intercept + slope * (x - mean), and dz itself for the residual where there is one."""
+    """(dx, dz): dx = gain * dz + intercept + slope * (x - shift).
+
+    dz is the residual's cotangent, in residual_dtype; None where that is None.
+    """
     if weights is not None:
         known = {"saved": saved, "weights": weights, "axis": axis, "activation": activation}
         return xla.bwd_apply(
@@ -144,19 +161,48 @@ def _sample(x, reduced):
 
 
 def _cotangent(x, dy, affine, saved, axis, activation):
-    """dz. From y and in dy's dtype it is one array for all passes, the residual's cotangent; otherwise each makes its own."""
+    """dz.
+
+    With relu and a saved y it is computed once, in dy's dtype, and also serves as the residual's
+    cotangent.  Otherwise every pass computes it again.
+    """
     if activation is jax.nn.relu and saved is not None:
-        return jnp.where(saved > 0, dy, jnp.zeros((), dy.dtype))
+        mask = saved > 0
+        if x.shape[-1] % 8 == 0:
+            # XLA writes the packed mask beside y and keeps it: an eighth of the bytes of the mask.
+            mask = _unpack(_pack(mask))
+        return jnp.where(mask, dy, jnp.zeros((), dy.dtype))
     acc = accumulator(x.dtype)
     saved = None if saved is None else saved.astype(acc)
-    # In float32: XLA would share the zeros of a bfloat16 select with a max-pool's, as an array.
+    # In float32, because XLA would share the zeros of a bfloat16 select with those of a max-pool,
+    # as a full-size array.
     return through_activation(
         x.astype(acc), dy.astype(acc), broadcastable(affine, x.ndim, axis), saved, activation
     )
 
 
+def _pack(mask):
+    """A bool array as bytes of eight neighbors along the last axis, the first the lowest bit."""
+    eights = mask.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
+    return (eights << _bits(eights.ndim)).sum(-1, dtype=jnp.uint8)
+
+
+def _unpack(packed):
+    """The bool array that `_pack` was given."""
+    bits = (packed[..., None] >> _bits(packed.ndim + 1)) & 1
+    return bits.astype(bool).reshape(*packed.shape[:-1], -1)
+
+
+def _bits(ndim):
+    """0 to 7 along the last of ndim axes."""
+    return lax.broadcasted_iota(jnp.uint8, (1,) * (ndim - 1) + (8,), ndim - 1)
+
+
 def _own(depth, affine):
-    """The vectors behind barriers of their own, so that no pass finds another's mask to store and share."""
+    """Each pass's own copy of the vectors, behind barriers of another depth.
+
+    With one copy, CSE would compute the relu mask once and store it as a full-size array.
+    """
     for _ in range(depth):
         affine = barrier(affine)
     return affine

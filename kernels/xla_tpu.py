@@ -1,11 +1,10 @@
 """The four functions in jax.numpy, placed for XLA:TPU.
 
 XLA:TPU computes the statistics in the epilogue of the convolution that makes x, and normalizes
-where y is read, so that
-inside a convolutional network batch norm costs almost no pass of its own.  What keeps these
-fusions: one pass for mean and variance, about a shift known before x is; no barriers; the residual
-    added and the cotangent masked in the dtype of the
-activations, not in float32.
+where y is read, so that batch norm inside a convolutional network costs almost no pass of its own.
+Four things keep these fusions: mean and variance take one pass, about a shift that is known before
+x is; there are no barriers; the residual is added, and the cotangent masked, in the dtype of the
+activations and not in float32.
 """
 
 import jax
@@ -30,21 +29,20 @@ from jbn.kernels.xla import MAX_SQUARED_MEAN
 
 
 def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
-    """Count, mean and m2 of each channel in one pass about `shift`, or in two where `shift` is far
-    from the mean.
+    """Count, mean and m2 of each channel in one pass about `shift`.
 
-    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32.  Where the second
-    look is not taken it still
-    costs two small kernels, and x a place on the chip.  Million estimated cycles of a ResNet-50
-    step, flax's in brackets: v5e 105.3 (105.2; without the second look 104.9), four of them 106.1
+    E[d^2] - E[d]^2 of d = x - shift loses (E[d] / std)^2 roundings of float32, so a second pass is
+    taken where `shift` is far from the mean.  Even when it is skipped, its lax.cond costs two small
+    kernels and keeps x in on-chip memory for longer.  Million estimated cycles of a ResNet-50 step,
+    flax's in brackets: v5e 105.3 (105.2; without the second pass 104.9), four of them 106.1
     (106.8); v6e 55.7 (55.5), four of them 55.8 (55.9).
     """
     if weights is not None:
         return xla.fwd_stats(x, shift, weights, axis=axis)
     count = num_values(x, axis)
-    # The guess may be anything. NaN, or so large that shift + total / count would be rough, it is
-    # worth no more than zero. Inside the branch it would take a pass more there, and the compiler
-    # then keeps x on the chip at the cost of y: 105.5 M.
+    # Zero replaces a guess that is NaN or huge: with |shift| >= 1e6, shift + total / count would
+    # lose precision. This test stays outside the cond, because inside it the compiler adds a pass
+    # over x and keeps x on the chip instead of y (105.5 M cycles).
     shift = jnp.where(jnp.abs(shift) < 1e6, shift, 0)
     total, squares = _sums_about(x, shift, axis)
 
@@ -63,7 +61,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
 def fwd_apply(
     x: Array, affine: Affine, residual: Array | None, *, axis, activation, dtype
 ) -> Array:
-    """y = activation((x - mean) * gain + bias + residual)."""
+    """y = activation((x - shift) * gain + bias + residual)."""
     acc = accumulator(x.dtype)
     vectors = broadcastable(affine, x.ndim, axis)
     if residual is None or activation not in (None, *SIGN_PRESERVING):
@@ -71,8 +69,8 @@ def fwd_apply(
             x.astype(acc), vectors, None if residual is None else residual.astype(acc)
         )
     else:
-        # Adding in float32 costs 8 % of a ResNet-50 step: the residual's fusion is not merged with
-        # this one.
+        # Adding in float32 costs 8 % of a ResNet-50 step, because the fusion that makes the
+        # residual is then not merged with this one.
         narrow = jnp.result_type(x, residual, dtype)
         z = pre_activation(x.astype(acc), vectors).astype(narrow) + residual.astype(narrow)
     return (z if activation is None else activation(z)).astype(dtype)
@@ -81,7 +79,7 @@ def fwd_apply(
 def bwd_stats(
     x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
 ) -> tuple[Array, Array]:
-    """The per-channel sums of dz and of dz * (x - mean)."""
+    """The per-channel sums of dz and of dz * (x - shift)."""
     acc = accumulator(x.dtype)
     reduced = reduced_axes(x.ndim, axis)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation).astype(acc)
@@ -102,7 +100,10 @@ def bwd_apply(
     activation,
     residual_dtype,
 ) -> tuple[Array, Array | None]:
-    """dx = gain * dz + weights * (intercept + slope * (x - mean)), and dz itself for the residual where there is one."""
+    """(dx, dz): dx = gain * dz + weights * (intercept + slope * (x - shift)).
+
+    dz is the residual's cotangent, in residual_dtype; None where that is None.
+    """
     acc = accumulator(x.dtype)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
     dx = broadcastable(affine.gain, x.ndim, axis) * dz.astype(acc)

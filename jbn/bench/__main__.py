@@ -1,4 +1,8 @@
-"""python -m jbn.bench op | traffic | model | device: what jbn costs, beside what its peers cost."""
+"""What jbn costs, beside what its peers cost: in time, in bytes moved, in memory.
+
+Exit codes: 0 if the rows were made, 1 if the work failed, 2 if the command line is wrong or its
+--filter leaves nothing.
+"""
 
 import argparse
 import math
@@ -7,98 +11,103 @@ from pathlib import Path
 
 import jax
 
-from jbn.bench import cases, device, model, op, peers, pictures, report, targets, timing, traffic
+from jbn.bench import (
+    cases,
+    device,
+    model,
+    networks,
+    op,
+    peers,
+    pictures,
+    report,
+    targets,
+    timing,
+    traffic,
+)
 
 _OP_COLUMNS = ("case", "mode", "dtype", "peer", "implementation", "median_ms", "q1_ms", "q3_ms")
 _OP_COLUMNS += ("ratio_vs_flax", "times_roofline")
-_LAYER_COLUMNS = (
-    "case",
-    "mode",
-    "peer",
-    "moved_T",
-    "usual_T",
-    "bound_T",
-    "saved_T",
-    "temporary_T",
-    "kernels",
-)
-_LAYER_COLUMNS += ("estimated_cycles", "ratio_vs_flax")
-_STEP_COLUMNS = (
-    "case",
-    "peer",
-    "moved_GB",
-    "outside_products_GB",
-    "temporary_GB",
-    "kernels",
-    "estimated_cycles",
-)
-_STEP_COLUMNS += ("ratio_of", "ratio_vs_flax")
-_MODEL_COLUMNS = (
-    "case",
-    "peer",
-    "implementation",
-    "median_ms",
-    "q1_ms",
-    "q3_ms",
-    "ratio_vs_flax",
-    "images_per_s",
-)
-_MODEL_COLUMNS += ("peak_GB", "first_loss", "second_loss")
+_LAYER_COLUMNS = ("case", "mode", "peer", "moved_T", "usual_T", "bound_T", "saved_T")
+_LAYER_COLUMNS += ("temporary_T", "kernels", "estimated_cycles", "ratio_vs_flax")
+_STEP_COLUMNS = ("case", "peer", "moved_GB", "outside_products_GB", "temporary_GB", "kernels")
+_STEP_COLUMNS += ("estimated_cycles", "ratio_of", "ratio_vs_flax")
+_MODEL_COLUMNS = ("case", "peer", "implementation", "median_ms", "q1_ms", "q3_ms")
+_MODEL_COLUMNS += ("ratio_vs_flax", "images_per_s", "trace_s", "lower_s", "compile_s", "peak_GB")
+_MODEL_COLUMNS += ("first_loss", "second_loss")
+# Alone on a machine, the middle half of the measurements of one program spreads by 2 to 8 %.
+_CALM = 0.2
 
 
 def main(arguments: list[str] | None = None) -> int:
+    targets.stay_on_host()
     options = _parser().parse_args(arguments)
     return options.run(options)
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m jbn.bench", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m jbn.bench", description=__doc__, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--filter",
-        default="",
-        help="only rows whose case, mode, dtype or peer contain all these words",
+    add = common.add_argument
+    add("--filter", default="", help="only rows whose case, mode, dtype or peer contain every word")
+    add("--quick", action="store_true", help="a small choice: under 60 s on two CPU cores")
+    add("--json", metavar="FILE", help="write one JSON object a row")
+    drawn = argparse.ArgumentParser(add_help=False)
+    drawn.add_argument("--plot", metavar="FILE", help="draw a picture (extra bench)")
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--repeats", type=int, help="rounds of measurement")
+
+    def command(name, run, summary, *parents):
+        added = commands.add_parser(
+            name, parents=[common, *parents], help=summary, description=summary
+        )
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("op", _op, "time one layer, for every peer that is installed", drawn, timed)
+    add("--batch", type=int, help="images in a batch")
+    add = command(
+        "traffic",
+        _traffic,
+        "compile a layer and train steps for a target, run nothing, and count the bytes they move",
+        drawn,
     )
-    common.add_argument(
-        "--quick", action="store_true", help="a small choice: under 60 s on two CPU cores"
+    names = ", ".join(targets.TARGETS)
+    add("--target", nargs="+", default=["cpu"], help=f"{names}; GPUs and TPUs need the extra aot")
+    add("--batch", type=int, default=128, help="images in a train step")
+    add("--side", type=int, default=224, help="their height and width")
+    add("--part", choices=("layer", "model"), help="only the layer, or only the train steps")
+    _add_networks(add)
+    add = command("model", _model, "time a network's train step, and its compilation", drawn, timed)
+    add("--batch", type=int, help="images in a step (default: by memory)")
+    add("--side", type=int, help="their height and width")
+    _add_networks(add)
+    add = command(
+        "device",
+        _device,
+        "check and time everything on this device, in 8 minutes at most",
     )
-    common.add_argument("--repeats", type=int, help="rounds of measurement")
-    common.add_argument("--json", metavar="FILE", help="write one JSON object a row")
-    common.add_argument("--plot", metavar="FILE", help="draw a picture (extra bench)")
-    command = commands.add_parser(
-        "op", parents=[common], help="time one layer, against every peer installed"
+    add(
+        "--out",
+        metavar="FOLDER",
+        default="results",
+        help="where the tables and pictures (extra bench) go",
     )
-    command.add_argument("--batch", type=int, help="images in a batch")
-    command.set_defaults(run=_op)
-    command = commands.add_parser(
-        "traffic", parents=[common], help="bytes moved, compiled for a target and not run"
-    )
-    command.add_argument(
-        "--target",
-        nargs="+",
-        default=["cpu"],
-        help=f"{', '.join(targets.TARGETS)}; GPUs and TPUs: extra aot",
-    )
-    command.add_argument("--batch", type=int, default=128, help="images in the ResNet-50 step")
-    command.add_argument("--side", type=int, default=224, help="their height and width")
-    command.add_argument(
-        "--part", choices=("layer", "model"), help="only one layer, or only the ResNet-50 step"
-    )
-    command.set_defaults(run=_traffic)
-    command = commands.add_parser("model", parents=[common], help="time a ResNet-50 train step")
-    command.add_argument("--batch", type=int, help="images in a step (default: by memory)")
-    command.add_argument("--side", type=int, help="their height and width")
-    command.set_defaults(run=_model)
-    command = commands.add_parser(
-        "device", parents=[common], help="everything about this device, in 8 minutes at most"
-    )
-    command.add_argument(
-        "--out", metavar="FOLDER", default="results", help="where the tables and pictures go"
-    )
-    command.add_argument("--seconds", type=float, default=470, help="stop after so long")
-    command.set_defaults(run=_device)
+    add("--seconds", type=float, default=470, help="stop after so long")
     return parser
+
+
+def _add_networks(add):
+    add(
+        "--network",
+        nargs="+",
+        choices=list(networks.NETWORKS),
+        default=["resnet50"],
+        help="whose train step (default: resnet50)",
+    )
 
 
 def _op(options):
@@ -112,8 +121,7 @@ def _op(options):
     contestants, missing = peers.find(backend, compiled=not options.quick)
     problems, contestants = _filtered(options.filter, problems, contestants)
     if not problems:
-        print(f"--filter {options.filter!r} leaves nothing", file=sys.stderr)
-        return 2
+        return _nothing_left(options)
     pace = (
         {"rounds": 201, "seconds": 0.002, "limit": 3.5}
         if options.quick
@@ -130,20 +138,21 @@ def _op(options):
     print(report.table(rows, _OP_COLUMNS))
     counts = sorted({row["rounds"] for row in rows})
     print(
-        f"x ~ N(0.5, 2); {counts[0]} to {counts[-1]} rounds, everybody once in each; ratio: the median of those of a round"
+        f"x ~ N(0.5, 2); {counts[0]} to {counts[-1]} rounds, and everybody runs once in each. "
+        "ratio_vs_flax: the median over the rounds of the ratio within a round"
     )
     if kept and backend == "cpu":
-        print("malloc keeps what is freed: no page faults are measured")
+        print("freed memory stays with this process, so page faults are not measured")
     print(
-        "times_roofline: over the time of a copy of x in the same rounds, times the passes, each of them over memory"
+        "times_roofline: the time over that of the passes that cannot be avoided, each as fast as "
+        "a copy of x in the same rounds"
     )
     return _finish(options, rows, missing)
 
 
 def _traffic(options):
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # it only compiles: no device is needed, and none is taken
+    # It only compiles: no device is needed, and none is taken.
+    jax.config.update("jax_platforms", "cpu")
     rows = []
     for target in options.target:
         if options.part != "model":
@@ -168,23 +177,23 @@ def _traffic_of_layers(target, options):
         if _matches(options.filter, row)
     ]
     print(
-        f"target {target}: one layer, in units of T = the bytes of x; moved_T counts the dearest branch of a conditional,"
-    )
-    print(
-        "the rest the cheapest; bound_T: every pass over memory; saved_T: kept for the backward pass"
+        f"target {target}: one layer, in units of T = the bytes of x. Of a conditional, moved_T "
+        "counts the costliest branch and the other columns the cheapest;\n"
+        "bound_T: the fewest passes over memory; saved_T: what is kept for the backward pass"
     )
     print(report.table(rows, _LAYER_COLUMNS) + "\n", flush=True)
     return rows
 
 
 def _traffic_of_model(target, options):
-    found = traffic.model_rows(target, batch=options.batch, side=options.side)
-    rows = [row for row in report.progress(found, 2) if _matches(options.filter, row)]
+    rows = []
+    for network in options.network:
+        found = traffic.model_rows(target, batch=options.batch, side=options.side, network=network)
+        rows += [row for row in report.progress(found, 2) if _matches(options.filter, row)]
     print(
-        f"target {target}: a ResNet-50 train step in bfloat16; products: convolutions and matrix products; a conditional"
-    )
-    print(
-        "counts its cheapest branch: on TPU jbn looks at x a second time only where the running mean is far from the mean"
+        f"target {target}: a train step in bfloat16. Products are convolutions and matrix "
+        "products. Of a conditional the cheapest\nbranch counts: on TPU jbn reads x a second time "
+        "only where the running mean is far from the mean"
     )
     print(report.table(rows, _STEP_COLUMNS) + "\n", flush=True)
     return rows
@@ -193,13 +202,14 @@ def _traffic_of_model(target, options):
 def _model(options):
     batch, side = model.batch_for(jax.devices()[0])
     rounds = options.repeats or (3 if options.quick else 15)
-    rows, missing = model.measure(
-        batch=options.batch or batch,
-        side=options.side or side,
-        rounds=rounds,
-        compiled=not options.quick,
-    )
-    rows = [row for row in rows if _matches(options.filter, row)]
+    known = {"batch": options.batch or batch, "side": options.side or side}
+    rows, missing = [], []
+    for network in options.network:
+        found, missing_here = model.measure(
+            **known, rounds=rounds, compiled=not options.quick, network=network
+        )
+        rows += [row for row in found if _matches(options.filter, row)]
+        missing += [name for name in missing_here if name not in missing]
     print(report.table(rows, _MODEL_COLUMNS))
     return _finish(options, rows, missing)
 
@@ -221,7 +231,10 @@ def _matches(words, row):
 
 
 def _filtered(words, problems, contestants):
-    """Each word narrows the problems if it occurs in one, else the peers; flax.linen stays, as the reference."""
+    """The problems and peers left: a word narrows the problems if it occurs in one, else the peers.
+
+    flax.linen stays, as the reference.
+    """
     for word in words.split():
         matching = [p for p in problems if word in f"{p.name} {p.mode} {p.dtype}"]
         if matching:
@@ -235,7 +248,29 @@ def _filtered(words, problems, contestants):
     return problems, contestants
 
 
+def _nothing_left(options):
+    print(f"--filter {options.filter!r} leaves nothing to show", file=sys.stderr)
+    return 2
+
+
+def _warning(rows):
+    """What to think of the times if other load made them spread; None if they are calm."""
+    timed = [row for row in rows if "q3_ms" in row]
+    spread = max(((row["q3_ms"] - row["q1_ms"]) / row["median_ms"] for row in timed), default=0)
+    if spread <= _CALM:
+        return None
+    return (
+        f"warning: the middle half of some times spreads over {spread:.0%} of the median, so other "
+        "work runs on this machine. Ratios are within a round and suffer least; repeat when it is "
+        "quiet"
+    )
+
+
 def _finish(options, rows, missing, plot=pictures.plot_ratios, where=None):
+    if not rows:
+        return _nothing_left(options)
+    if warning := _warning(rows):
+        print(warning, file=sys.stderr)
     environment = report.environment()
     where = where or environment["device"]
     print(", ".join(f"{key} {value}" for key, value in environment.items()))

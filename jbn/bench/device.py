@@ -1,8 +1,7 @@
-"""Everything worth knowing about the device at hand: each part in a process of its own, under a
-time limit of its own.
+"""Check and time everything on this device: each part in its own process, under a time limit.
 
-An item that hangs or takes its process down costs one row: the process is killed, and another goes
-    on with the next item.
+An item that hangs or takes its process down costs one row: the process is killed, and another one
+goes on with the next item.
 """
 
 import json
@@ -108,7 +107,10 @@ def run(
 
 
 def run_part(name: str, limits: Limits) -> list[Row]:
-    """The rows of a part, and one for each item that hung or ended its process, and for time that ran out."""
+    """The rows of a part.
+
+    One row more tells of each item that hung or ended its process, and of time that ran out.
+    """
     deadline = time.monotonic() + limits.part
     rows: list[Row] = []
     first = 0
@@ -156,7 +158,10 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def _watch(command, path, deadline, limits):
-    """Run until it is done, or nothing was written for too long, or the time is up: "done", or why it was not."""
+    """Run the command; returns "done", or why it was stopped.
+
+    It is stopped when it has written nothing for too long, and when the time is up.
+    """
     with open(path.with_suffix(".err"), "w+") as errors:
         child = subprocess.Popen(
             command, stdout=errors, stderr=errors, start_new_session=True, env=_environment()

@@ -1,12 +1,10 @@
 """What a compiled program moves, read from its HLO text: nothing is run.
 
-Every top-level operation of the schedule is charged its operands and its results, as a device
-without a cache would be.
-Calls, loops (times their trip count) and conditionals are expanded; a custom call (Pallas, cuDNN)
-is one operation.  Three
-refinements: an operand that is only sliced is charged the slices, an update in place only what it
-    updates, and what a TPU
-program keeps in its on-chip memory (memory space 1 of a tiled layout) nothing.
+Every top-level operation of the schedule is charged its operands and its results, as on a device
+without a cache.  Calls, loops (times their trip count) and conditionals are expanded; a custom call
+(Pallas, cuDNN) is one operation.  There are three refinements.  An operand that is only sliced is
+charged the slices.  An update in place is charged what it updates.  What a TPU program keeps in its
+on-chip memory (memory space 1 of a tiled layout) is charged nothing.
 """
 
 import re
@@ -168,7 +166,7 @@ def parse(text: str) -> Module:
 
 
 def _cost(branch):
-    """Cycles where the compiler estimates them: a pass over what a TPU keeps on chip moves no bytes."""
+    """Cycles where the compiler estimates them: a pass over on-chip memory moves no bytes."""
     return estimated_cycles(branch), moved(branch)
 
 
@@ -297,7 +295,10 @@ def _named(attribute, attributes):
 
 
 def _trip_count(module, loop):
-    """As the compiler notes it, or else the one bound its condition compares with: JAX counts from 0 by 1."""
+    """How often a loop runs: as the compiler notes it, or the one bound of its condition.
+
+    JAX counts from 0 in steps of 1.
+    """
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known.group(1))
@@ -307,6 +308,7 @@ def _trip_count(module, loop):
     bounds = [i.arguments for i in condition if i.opcode == "constant" and i.arguments.isdigit()]
     if len(compares) != 1 or len(bounds) != 1:
         raise ValueError(
-            f"loop {loop.name!r} has no trip count that could be read: use a counted loop (fori_loop, scan)"
+            f"loop {loop.name!r} has no trip count that could be read: "
+            "use a counted loop (fori_loop, scan)"
         )
     return int(bounds[0])

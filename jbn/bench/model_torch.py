@@ -11,7 +11,7 @@ from jbn.bench.peers_torch import wait
 def steps(
     batch: int, side: int, compiled: bool
 ) -> Iterator[tuple[str, Callable, Callable, Callable]]:
-    """(name, run, wait, facts) of each way: eager, and by torch.compile; channels_last, bfloat16 autocast."""
+    """(name, run, wait, facts), eager and by torch.compile; channels_last, bfloat16 autocast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield ("torchvision eager", *_step(batch, side, device, compiled=False))
     if compiled:

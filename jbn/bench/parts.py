@@ -1,10 +1,8 @@
-"""What `python -m jbn.bench device` measures: parts, each a list of items that run one after the
-other in one process.
+"""What `python -m jbn.bench device` measures: parts, each a list of items that run in one process.
 
-Run as `python -m jbn.bench.parts NAME FIRST FILE`: it runs the items of a part from number FIRST
-on, and appends to FILE a
-line before each, its rows, and a line after it.  Whoever started it sees which item hangs or takes
-the process down.
+`python -m jbn.bench.parts NAME FIRST FILE` runs the items of a part from number FIRST on.  For each
+it appends to FILE a line before, its rows, and a line after, so that whoever started it sees which
+item hangs or takes the process down.
 """
 
 import functools
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.bench import cases, layers, model, op, peers, report, seam, timing
+from jbn.bench import cases, kernel_checks, model, op, peer_layers, peers, report, timing
 from jbn.core.op import PLATFORMS
 
 Rows = list[dict[str, Any]]
@@ -79,8 +77,10 @@ def names(backend: str) -> list[str]:
         *(f"speed {name}" for name in ["xla", *kernels]),
     ]
     found += ["op", "model", "xla"]
-    found += [f"barrier {name}" for name in kernels if hasattr(seam.module(name), "fwd_fused")]
-    return found + [f"sweep {name}" for name in kernels if name in seam.SWEEPS]
+    found += [
+        f"barrier {name}" for name in kernels if hasattr(kernel_checks.module(name), "fwd_fused")
+    ]
+    return found + [f"sweep {name}" for name in kernels if name in kernel_checks.SWEEPS]
 
 
 def implementations(backend: str) -> list[str]:
@@ -110,7 +110,7 @@ def _row(samples, moved, **facts):
 
 
 def _copy(scale):
-    """What a program reaches that reads an array and writes as much: the roof over everything else."""
+    """The bandwidth of a copy, which nothing else can exceed."""
     for megabytes in (16, 64, 256, 1024) if scale is ACCELERATOR else (4, 16):
         for dtype in cases.DTYPES:
             yield Item(
@@ -150,7 +150,7 @@ def _correctness(scale, implementation):
     for rows, channels in scale.shapes:
         # The oracle is computed on the host: a tenth of the rows is enough to see a wrong index.
         for dtype in cases.DTYPES:
-            for name in seam.PASSES:
+            for name in kernel_checks.PASSES:
                 for with_residual in (False, True) if name != "fwd_stats" else (False,):
                     run = functools.partial(
                         _check,
@@ -167,9 +167,11 @@ def _correctness(scale, implementation):
 
 
 def _check(implementation, name, rows, channels, dtype, with_residual):
-    inputs = seam.inputs(rows, channels, dtype, with_residual=with_residual)
-    worst = seam.error(name, inputs, jax.jit(seam.function(implementation, name))(inputs))
-    allowed = seam.tolerance(name, dtype)
+    inputs = kernel_checks.inputs(rows, channels, dtype, with_residual=with_residual)
+    worst = kernel_checks.error(
+        name, inputs, jax.jit(kernel_checks.function(implementation, name))(inputs)
+    )
+    allowed = kernel_checks.tolerance(name, dtype)
     case = f"{name} {rows}x{channels}{' +residual' * with_residual}"
     facts = {"case": case, "dtype": dtype, "implementation": implementation}
     return [{**facts, "error": worst, "allowed": allowed, "ok": worst <= allowed}]
@@ -179,7 +181,7 @@ def _speed(scale, implementation):
     """Each function on each shape; bytes are those it cannot do without."""
     for rows, channels in scale.shapes:
         for dtype in reversed(cases.DTYPES):
-            for name in seam.PASSES:
+            for name in kernel_checks.PASSES:
                 run = functools.partial(
                     _speed_rows, scale, implementation, name, rows, channels, dtype
                 )
@@ -189,10 +191,10 @@ def _speed(scale, implementation):
 def _speed_rows(scale, implementation, name, rows, channels, dtype, **facts):
     # Several sets, so that none is found in the cache.
     sets = [
-        seam.inputs(rows, channels, dtype, with_residual=False)
+        kernel_checks.inputs(rows, channels, dtype, with_residual=False)
         for _ in range(1 if scale is HOST else 4)
     ]
-    fn = seam.function(implementation, name)
+    fn = kernel_checks.function(implementation, name)
     compiled = jax.jit(fn)
     samples = _time(fn.__name__, lambda i: compiled(sets[i % len(sets)]), scale)
     facts = {
@@ -201,16 +203,16 @@ def _speed_rows(scale, implementation, name, rows, channels, dtype, **facts):
         "implementation": implementation,
         **facts,
     }
-    return [_row(samples, seam.PASSES[name] * sets[0].x.nbytes, **facts)]
+    return [_row(samples, kernel_checks.PASSES[name] * sets[0].x.nbytes, **facts)]
 
 
 def _sweep(scale, implementation):
-    """Other values of each constant of the block choices, one at a time, on a large and a small shape."""
-    where, constants = seam.SWEEPS[implementation]
+    """Each constant of the block choices at other values, one at a time, on two shapes."""
+    where, constants = kernel_checks.SWEEPS[implementation]
     for constant, values in {"": ("as it is",), **constants}.items():
         for value in values:
             for rows, channels in (scale.shapes[0], scale.shapes[3]):
-                for name in seam.PASSES:
+                for name in kernel_checks.PASSES:
                     run = functools.partial(
                         _sweep_rows,
                         scale,
@@ -250,7 +252,7 @@ def _sweep_rows(scale, implementation, name, rows, channels, where, constant, va
 
 
 def _barrier(scale, implementation):
-    """The fused kernel again and again, through the public call: a barrier that can hang, hangs here."""
+    """The fused kernel many times through the public call, so that a barrier that can hang does."""
     run = functools.partial(_barrier_rows, scale, implementation)
     yield Item(f"{scale.repeats} times", run)
 
@@ -258,7 +260,7 @@ def _barrier(scale, implementation):
 def _barrier_rows(scale, implementation):
     rows, channels = 12544, 1024
     problem = cases.Problem(cases.Case("fused", (rows, channels)), "bn_relu", "forward", "bfloat16")
-    layer = functools.partial(layers.jbn_linen, implementation=implementation)
+    layer = functools.partial(peer_layers.jbn_linen, implementation=implementation)
     run = peers.jax_peer("jbn", implementation, layer).build(problem, 1)
     assert run is not None
     first = np.asarray(run(0)[0])

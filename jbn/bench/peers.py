@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn.bench import layers
+from jbn.bench import peer_layers
 from jbn.bench.cases import Problem
 from jbn.core.op import PLATFORMS
 
@@ -16,9 +16,8 @@ from jbn.core.op import PLATFORMS
 class Peer(NamedTuple):
     """One way to run a problem.
 
-    build(problem, input_sets) returns run(i), which starts the computation on input set i and
-    returns what `wait` waits
-    for, or None where the library has no such layout.  What run returns begins with y.
+    build(problem, input_sets) returns run(i), or None where the library has no such layout.  run
+    starts the computation on input set i and returns what `wait` waits for; y comes first in it.
     """
 
     library: str
@@ -40,14 +39,14 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
         compiled: whether to include torch.compile, which takes some seconds for each problem.
     """
     peers = [
-        jax_peer("flax.linen", "", layers.flax_linen),
-        jax_peer("flax.nnx", "", layers.flax_nnx),
+        jax_peer("flax.linen", "", peer_layers.flax_linen),
+        jax_peer("flax.nnx", "", peer_layers.flax_nnx),
     ]
     for name in _implementations(backend):
-        layer = functools.partial(layers.jbn_linen, implementation=name)
+        layer = functools.partial(peer_layers.jbn_linen, implementation=name)
         peers.append(jax_peer("jbn", name or "default", layer))
     missing = []
-    for library, layer in (("haiku", layers.haiku), ("equinox", layers.equinox)):
+    for library, layer in (("haiku", peer_layers.haiku), ("equinox", peer_layers.equinox)):
         if importlib.util.find_spec(library):
             peers.append(jax_peer(library, "", layer))
         else:
@@ -65,7 +64,7 @@ def find(backend: str, *, compiled: bool = True) -> tuple[list[Peer], list[str]]
 
 
 def copy(problem: Problem, input_sets: int) -> Callable[[int], Any]:
-    """A pass that reads x and writes as much: its time is 2T over the bandwidth that a program here reaches."""
+    """A pass that reads x and writes as much: the fastest way to move 2T on this device."""
     inputs = arrays(problem, input_sets)
     bits = jnp.uint16 if problem.dtype == "bfloat16" else jnp.uint32
     # Flips bits instead of computing: bfloat16 arithmetic is slow on CPUs.
@@ -92,11 +91,11 @@ def arrays(problem: Problem, input_sets: int) -> list[tuple[jax.Array, jax.Array
 
 
 def module(peer: Peer) -> str:
-    """What the compiled module of a JAX peer is called, after "jit_": a profile tells the peers apart by it."""
+    """The name of a JAX peer's compiled module after "jit_": profiles tell peers apart by it."""
     return "".join(c if c.isalnum() else "_" for c in peer.name)
 
 
-def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
+def jax_function(problem: Problem, layer: peer_layers.Layer) -> Callable:
     """f(params, stats, x, residual, dy) of a problem, not jitted."""
     add = (lambda residual: residual) if problem.adds else (lambda residual: None)
 
@@ -121,7 +120,7 @@ def jax_function(problem: Problem, layer: layers.Layer) -> Callable:
 
 
 def jax_peer(
-    library: str, implementation: str, make_layer: Callable[[Problem], layers.Layer]
+    library: str, implementation: str, make_layer: Callable[[Problem], peer_layers.Layer]
 ) -> Peer:
     """The peer that runs a layer under jit."""
 

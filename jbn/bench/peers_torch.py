@@ -1,4 +1,7 @@
-"""torch as a peer: F.batch_norm, eager in both layouts, and compiled. Imported only where torch is installed."""
+"""torch as a peer: F.batch_norm, eager in both layouts, and compiled.
+
+Imported only where torch is installed.
+"""
 
 import importlib.util
 import shutil
@@ -9,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from jbn.bench.cases import Problem
-from jbn.bench.layers import EPS, MOMENTUM
+from jbn.bench.peer_layers import EPS, MOMENTUM
 
 
 def builders(backend: str, compiled: bool) -> Iterator[tuple[str, Callable]]:
-    """(name, build) of each way to run it here; nothing on a TPU, nor on a GPU that torch was not built for."""
+    """(name, build) of each way to run it: none on a TPU or on a GPU that torch cannot use."""
     if backend == "tpu" or (backend == "gpu" and not torch.cuda.is_available()):
         return
     device = "cuda" if backend == "gpu" else "cpu"
@@ -31,7 +34,10 @@ def wait(result: Any) -> None:
 
 
 def elapsed(run: Callable[[int], Any], calls: int) -> float:
-    """Seconds of device time of each call on a GPU: the calls are queued behind a sleep, so that none waits for Python."""
+    """Seconds of device time of a call on a GPU.
+
+    The calls are queued behind a sleep, so that none waits for Python.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(20_000_000)  # about 10 ms
     start.record()
@@ -71,7 +77,10 @@ def _builder(device, *, channels_last, compiled=False):
 
 
 def function(problem: Problem) -> Callable:
-    """f(x, residual, dy, weight, bias, running_mean, running_var) of a problem; the running statistics change in place."""
+    """f(x, residual, dy, weight, bias, running_mean, running_var) of a problem.
+
+    The running statistics change in place.
+    """
     adds, relu, mode = problem.adds, problem.relu, problem.mode
 
     def layer(x, residual, weight, bias, mean, var, training):

@@ -30,7 +30,10 @@ def environment() -> Row:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Aligned columns: text to the left, numbers to the right with four digits; equal neighbours of the first are blank."""
+    """Aligned columns: text to the left, numbers to the right with four digits.
+
+    In the first column a value is shown once, and then blank as long as it repeats.
+    """
     cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     right = [any(isinstance(row.get(column), int | float) for row in rows) for column in columns]
@@ -72,7 +75,7 @@ def read_json(path: str | os.PathLike) -> list[Row]:
 
 
 def progress(items: Iterable, total: int, describe: Callable[[Any], str] | None = None) -> Iterator:
-    """The items, with a bar on standard error if it is a terminal: tqdm's where installed, else plain text."""
+    """The items, with a bar on standard error if that is a terminal: tqdm's, or else plain text."""
     if not sys.stderr.isatty():
         yield from items
     elif installed("tqdm"):

@@ -1,13 +1,14 @@
-"""ResNet-50 (He et al. 2015, with the stride in the 3x3 convolution) and one step of its training, for any batch norm."""
+"""ResNet-50 for any batch norm, and the norms to compare.
+
+He et al. 2015, with the stride in the 3x3 convolution.
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import optax
 
 from jbn import linen
 
@@ -15,7 +16,7 @@ CLASSES = 1000
 
 
 class BatchNorm(nn.BatchNorm):
-    """flax's, with the signature of jbn.linen.BatchNorm and so with the same variable tree: residual and activation follow."""
+    """flax's with the signature of jbn's: residual and activation follow the norm."""
 
     activation: Callable | None = None
 
@@ -70,35 +71,3 @@ class ResNet(nn.Module):
 def norms() -> dict[str, Callable]:
     """The batch norms that are compared, the reference first."""
     return {"flax.linen": BatchNorm, "jbn": linen.BatchNorm}
-
-
-def training(norm: Callable, **options: Any) -> tuple[Callable, Callable]:
-    """(init(key, images) -> train state, step(train state, images, labels) -> (train state, loss)),
-    not jitted.
-
-    SGD with Nesterov momentum and weight decay, as the reference recipe for ImageNet.
-    """
-    model = ResNet(norm, **options)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9, nesterov=True)
-    )
-
-    def init(key, images):
-        variables = model.init(key, images, train=True)
-        return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-
-    def step(state, images, labels):
-        params, stats, moments = state
-
-        def loss_of(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
-                "batch_stats"
-            ]
-
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), stats, moments), loss
-
-    return init, step

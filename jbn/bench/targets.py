@@ -1,6 +1,7 @@
-"""Compile for a device that is not there: GPUs and TPUs from their compilers' wheels alone (extra `aot`)."""
+"""Compile for a GPU or TPU that is not there, from the wheels of the extra `aot` alone."""
 
 import functools
+import glob
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,6 +18,18 @@ _GPUS = ("h200", "a100")
 # The smallest topology that the TPU compiler knows of each.
 _TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = ("cpu", *_GPUS, *_TPUS)
+
+
+def stay_on_host() -> None:
+    """Have JAX use the CPU alone where this machine has neither a GPU nor a TPU.
+
+    The compilers of the extra aot are JAX plugins, and each would print a traceback while it looks
+    for its device. Call it before JAX is used. A platform that the user chose stays.
+    """
+    nodes = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+    has_compiler = _installed("libtpu") or _installed("jax_plugins.xla_cuda13")
+    if has_compiler and not jax.config.jax_platforms and not any(map(glob.glob, nodes)):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:
@@ -66,17 +79,23 @@ def devices(target: str) -> tuple[Any, ...]:
         except NotImplementedError as error:
             # Without a GPU the plugin looks for CUDA libraries and gives up, unless JAX is told not
             # to want one.
-            mend = "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') before anything runs"
+            mend = (
+                "set JAX_PLATFORMS=cpu, or jax.config.update('jax_platforms', 'cpu') "
+                "before anything runs"
+            )
             raise RuntimeError(
                 f"target {target!r}: the CUDA plugin did not start; {mend}"
             ) from error
     if target.partition(":")[0] not in _TPUS:
         raise ValueError(
-            f"target is {target!r}, expected one of {', '.join(TARGETS)}, or a TPU topology such as 'v5e:16x16'"
+            f"target is {target!r}, expected one of {', '.join(TARGETS)}, "
+            "or a TPU topology such as 'v5e:16x16'"
         )
     _need("libtpu", target, "the TPU compiler")
-    # Without it libtpu waits for the metadata server of a Google Cloud machine.
+    # Without the first libtpu waits for the metadata server of a Google Cloud machine; without the
+    # second it refuses to load while another process holds it, which matters for a TPU alone.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return tuple(topologies.get_topology_desc(_TPUS.get(target, target), platform="tpu").devices)
 
 

@@ -50,14 +50,15 @@ class Samples(NamedTuple):
 
 
 def keep_memory() -> bool:
-    """Tell glibc to keep what is freed, for the whole process: False where there is no glibc. Call
-    it before JAX starts.
+    """Tell glibc to keep freed memory, for the whole process; call it before JAX starts.
 
-    By default it returns large arrays to the system, depending on what lies beside them, and the
-    next call pays for zeroed
-    pages: a factor of up to 2, other in each process, that is nobody's merit.  The memory of
-        threads of their own it returns
-    in any case, so all share one.
+    By default glibc returns large arrays to the system, depending on what lies beside them, and the
+    next call pays for zeroed pages.  This can double the time, differs between processes, and says
+    nothing about the code measured.  Memory that belongs to a thread is returned in any case, so
+    all threads share one arena.
+
+    Returns:
+        False where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
@@ -70,11 +71,10 @@ def measure(
 ) -> dict[str, Samples]:
     """Samples of each contestant by name.
 
-    In each round everybody runs once, in an order drawn anew: what slows the machine for a while,
-        or whoever comes after a
-    certain other, slows them all alike.  On the host all calls of a round read one input set, which
-    the next round does not,
-    and results lie elsewhere in memory: where is worth 20 %, and other in each process.
+    In each round everybody runs once, in an order drawn anew, so that a slow spell of the machine
+    and the influence of the predecessor meet all alike.  On the host, the calls of a round read one
+    input set and the next round reads another, and the results move in memory, because the place of
+    an array is worth 20 % and differs between processes.
 
     Args:
         rounds: how many, at most.
@@ -154,8 +154,8 @@ def _calibrate(contestant, seconds):
 
 
 def _one(contestant, calls, done):
-    # The first is not timed: whoever ran before has left its data in the caches, and its threads
-    # spinning.
+    # The first call is not timed: the predecessor has left its data in the caches, and its threads
+    # may still spin.
     contestant.wait(contestant.run(done))
     if contestant.run_many is not None:
         return contestant.run_many(calls)
@@ -173,7 +173,10 @@ def _profiled(folder):
 
 
 def _per_round(events, rounds, calls):
-    """The mean time of a call in each round without its first call, from the events of rounds * calls runs; else empty."""
+    """The mean time of a call in each round, without the first call of the round.
+
+    Empty if the events are not those of rounds * calls runs.
+    """
     runs = rounds * calls
     if not events or len(events) % runs:
         return []

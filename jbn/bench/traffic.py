@@ -1,4 +1,4 @@
-"""What one layer, and a ResNet-50 train step, move on a target: compiled for it, not run."""
+"""What one layer, and a network's train step, move on a target: compiled for it, not run."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn.bench import hlo, layers, peers, resnet, targets
+from jbn.bench import hlo, networks, peer_layers, peers, resnet, targets
 from jbn.bench.cases import Case, Problem
 
 # 411 MB in bf16: larger than the on-chip memory of every target, so that no pass is hidden in it.
@@ -22,7 +22,7 @@ def layer_rows(
 ) -> Iterator[dict]:
     """One row for each library, operation and mode: passes in units of T, the bytes of x."""
     case = CPU_LAYER if target == "cpu" else LAYER
-    makers = {"flax.linen": layers.flax_linen, "jbn": layers.jbn_linen}
+    makers = {"flax.linen": peer_layers.flax_linen, "jbn": peer_layers.jbn_linen}
     for operation in operations:
         for mode in modes:
             reference = None
@@ -68,9 +68,11 @@ def layer_row(target: str, problem: Problem, make_layer: Callable) -> dict[str, 
     }
 
 
-def model_row(target: str, norm: Callable, *, batch: int, side: int) -> dict[str, Any]:
-    """What a ResNet-50 train step in bfloat16 moves; bytes in GB."""
-    init, step = resnet.training(norm)
+def model_row(
+    target: str, norm: Callable, *, batch: int, side: int, network: str = "resnet50"
+) -> dict[str, Any]:
+    """What a train step in bfloat16 moves; bytes in GB."""
+    init, step = networks.training(norm, network)
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.bfloat16)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     state = jax.eval_shape(init, jax.random.key(0), images)
@@ -84,19 +86,23 @@ def model_row(target: str, norm: Callable, *, batch: int, side: int) -> dict[str
     }
 
 
-def model_rows(target: str, *, batch: int, side: int) -> Iterator[dict]:
+def model_rows(target: str, *, batch: int, side: int, network: str = "resnet50") -> Iterator[dict]:
     """One row for each library."""
     reference = None
     for library, norm in resnet.norms().items():
-        row = model_row(target, norm, batch=batch, side=side)
+        row = model_row(target, norm, batch=batch, side=side, network=network)
         reference = reference or row
         key = "estimated_cycles" if row["estimated_cycles"] else "outside_products_GB"
-        named = {"target": target, "case": f"ResNet-50 {batch}x{side}x{side}", "peer": library}
+        case = f"{networks.NETWORKS[network][0]} {batch}x{side}x{side}"
+        named = {"target": target, "case": case, "mode": "train step", "peer": library}
         yield {**named, **row, "ratio_of": key, "ratio_vs_flax": row[key] / reference[key]}
 
 
 def summary(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes and counts of a compiled program; a conditional counts its cheapest branch, under "most" its dearest."""
+    """Bytes and counts of a compiled program.
+
+    Of a conditional the cheapest branch counts, and the costliest under "most".
+    """
     text = compiled.as_text() or ""
     operations = hlo.operations(text, branch=hlo.cheapest)
     memory = compiled.memory_analysis()
@@ -111,7 +117,12 @@ def summary(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def saved_bytes(fn: Callable, *args: Any) -> int:
-    """What fn's derivative keeps for the backward pass, its arguments included where they are kept."""
+    """Bytes that fn's derivative keeps for the backward pass, kept arguments included.
+
+    Args:
+        fn: function to (result, auxiliary results that are not differentiated).
+        args: arrays or `jax.ShapeDtypeStruct`.
+    """
     residuals = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args, has_aux=True)[1]))(
         *args
     )

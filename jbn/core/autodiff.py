@@ -71,7 +71,7 @@ def batch_norm(
 def _batch_norm_jvp(config, primals, tangents):
     operands, weights, guess = primals
     y, batch = batch_norm(config, operands, weights, guess)
-    point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
+    y, point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
     mean = batch.shift + batch.offset
     t_y, t_stats = _linear(config, point, (_present(tangents[0]), None), (y, (mean, batch.m2)))
     t_mean, t_m2 = (
@@ -90,7 +90,7 @@ def normalize(config: Config, operands: Operands, mean: Array, var: Array) -> Ar
 def _normalize_jvp(config, primals, tangents):
     operands, mean, var = primals
     y = normalize(config, operands, mean, var)
-    point = passes.point(config, operands, None, _given(mean), var, y)
+    y, point = passes.point(config, operands, None, _given(mean), var, y)
     t_y, _ = _linear(config, point, (_present(tangents[0]), _present(tangents[1:])), (y, None))
     return y, t_y
 

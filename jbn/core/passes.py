@@ -6,6 +6,7 @@ On a single device a kernel may do both steps in one launch.
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -80,13 +81,15 @@ def apply(config: Config, operands: Operands, weights: Array | None, s: Stats, v
 
 def point(
     config: Config, operands: Operands, weights: Array | None, s: Stats, var: Array, y: Array
-) -> Point:
-    """What the backward pass keeps of the forward pass. Statistics without a count were given."""
+) -> tuple[Array, Point]:
+    """(y to go on with, what the backward pass keeps). Statistics without a count were given."""
     affine, rstd = _affine(operands, s, var)
     saved = None
     if config.activation is not None and operands.residual is not None:
         saved = y if config.activation in SIGN_PRESERVING else operands.residual
-    return Point(operands.x, affine, s.offset, rstd, s.count, weights, saved)
+        if config.activation is jax.nn.relu:
+            y = op.output(config, y)
+    return y, Point(operands.x, affine, s.offset, rstd, s.count, weights, saved)
 
 
 def _affine(operands, s, var):

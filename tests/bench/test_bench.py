@@ -1,5 +1,6 @@
-"""The benchmark: everybody computes the same, clocks are read right, a planted slowdown shows, a hang costs one row."""
+"""The benchmark: every peer computes the same, clocks are read right, and a hang costs one row."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -16,14 +17,15 @@ from jbn.bench import __main__ as bench
 from jbn.bench import (
     cases,
     device,
-    layers,
+    kernel_checks,
+    networks,
     op,
     parts,
+    peer_layers,
     peers,
     pictures,
     report,
     resnet,
-    seam,
     timing,
     traffic,
 )
@@ -40,7 +42,7 @@ def _expected(problem, x, residual, dy):
     axes = tuple(a for a in range(x.ndim) if a != problem.case.axis % x.ndim)
     x, residual, dy = (np.asarray(a, np.float64) for a in (x, residual, dy))
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-    rstd = 1 / np.sqrt(var + layers.EPS)
+    rstd = 1 / np.sqrt(var + peer_layers.EPS)
     xhat = (x - mean) * rstd
     z = xhat + residual if problem.adds else xhat
     dz = dy * (z > 0) if problem.relu else dy
@@ -59,7 +61,7 @@ def test_jax_peers_agree_with_float64(library, case):
         pytest.skip(f"needs {library} of the peers extra")
     operation = "bn" if case is CASES["dense"] else "bn_add_relu"
     problem = cases.Problem(case, operation, "forward_backward", "float32")
-    layer = getattr(layers, library)(problem)
+    layer = getattr(peer_layers, library)(problem)
     ((x, residual, dy),) = peers.arrays(problem, 1)
     out = jax.jit(peers.jax_function(problem, layer))(layer.params, layer.stats, x, residual, dy)
     y, dx = _expected(problem, x, residual, dy)
@@ -98,7 +100,7 @@ def test_torch_agrees_with_float64(operation):
 def test_both_norms_of_the_model_have_one_tree_and_one_loss():
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     (init, step), (other_init, other_step) = (
-        resnet.training(norm, blocks=(1,), dtype=jnp.float32) for norm in resnet.norms().values()
+        networks.training(norm, blocks=(1,), dtype=jnp.float32) for norm in resnet.norms().values()
     )
     assert jax.eval_shape(init, jax.random.key(0), images) == jax.eval_shape(
         other_init, jax.random.key(0), images
@@ -230,7 +232,10 @@ def test_a_real_profile_names_our_module(tmp_path):
 
 
 def _slower(make_layer, passes):
-    """The layer with passes over y that nothing needs: a sum of y that y then depends on, so that no fusion holds both."""
+    """The layer with passes over y that nothing needs.
+
+    y is made to depend on a sum of y, so that no fusion holds both.
+    """
 
     def make(problem, **options):
         layer = make_layer(problem, **options)
@@ -250,21 +255,37 @@ def test_an_extra_pass_shows_in_traffic():
     problem = cases.Problem(cases.Case("dense", (4096, 256)), "bn_relu", "forward", "float32")
     plain, slow = (
         traffic.layer_row("cpu", problem, make)
-        for make in (layers.jbn_linen, _slower(layers.jbn_linen, 1))
+        for make in (peer_layers.jbn_linen, _slower(peer_layers.jbn_linen, 1))
     )
     assert slow["moved_T"] > plain["moved_T"] + 0.9
 
 
 def test_extra_passes_show_in_op():
     problem = cases.Problem(cases.Case("dense", (8192, 256)), "bn_relu", "forward", "float32")
-    plain = peers.jax_peer("flax.linen", "", layers.jbn_linen)  # under the reference's name
-    slow = peers.jax_peer("jbn", "slow", _slower(layers.jbn_linen, 4))
+    plain = peers.jax_peer("flax.linen", "", peer_layers.jbn_linen)  # under the reference's name
+    slow = peers.jax_peer("jbn", "slow", _slower(peer_layers.jbn_linen, 4))
     (rows,) = op.measure([problem], [plain, slow], rounds=9, seconds=0.002)
     assert rows[1]["implementation"] == "slow"
     assert rows[1]["ratio_vs_flax"] > 1.3
 
 
 # --- traffic ---
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda a, b: a + b, 0),
+        (lambda a, b: a * b, 2 * 4000),  # each is the other's factor
+        (lambda a, b: jnp.sin(a) + b, 4000),  # cos(a)
+        (lambda a, b: a * b + a * b, 2 * 4000),  # kept once, used twice
+        (lambda a, b: a.astype(jnp.bfloat16) * b.astype(jnp.bfloat16), 2 * 2000),
+    ],
+    ids=["linear", "product", "sin", "shared", "bfloat16"],
+)
+def test_saved_bytes_of_known_functions(function, kept):
+    x = jax.ShapeDtypeStruct((10, 100), jnp.float32)
+    assert traffic.saved_bytes(lambda a, b: (function(a, b), None), x, x) == kept
 
 
 @pytest.mark.third_party
@@ -274,7 +295,7 @@ def test_saved_residuals():
     )
     jbn, flax = (
         traffic.layer_row("cpu", problem, make)["saved_T"]
-        for make in (layers.jbn_linen, layers.flax_linen)
+        for make in (peer_layers.jbn_linen, peer_layers.flax_linen)
     )
     assert 1 <= jbn < 1.1  # x and vectors
     assert flax > 4
@@ -290,20 +311,20 @@ def test_parts_suit_the_platform():
     sweep = [name for name in parts.names("gpu") if name.startswith("sweep")]
     assert sweep
     for name in sweep:
-        module, constants = seam.SWEEPS[name.split()[1]]
+        module, constants = kernel_checks.SWEEPS[name.split()[1]]
         assert all(hasattr(importlib.import_module(module), constant) for constant in constants)
 
 
-@pytest.mark.parametrize("name", list(seam.PASSES))
+@pytest.mark.parametrize("name", list(kernel_checks.PASSES))
 def test_the_check_of_a_function_passes_the_right_and_fails_the_wrong(name):
     for dtype, with_residual in (("float32", False), ("bfloat16", name != "fwd_stats")):
-        inputs = seam.inputs(256, 24, dtype, with_residual=with_residual)
-        right = jax.jit(seam.function("xla", name))(inputs)
-        assert seam.error(name, inputs, right) <= seam.tolerance(name, dtype)
+        inputs = kernel_checks.inputs(256, 24, dtype, with_residual=with_residual)
+        right = jax.jit(kernel_checks.function("xla", name))(inputs)
+        assert kernel_checks.error(name, inputs, right) <= kernel_checks.tolerance(name, dtype)
         wrong = jax.tree.map(lambda a: a.at[..., 3].multiply(1.02), right)
-        assert seam.error(name, inputs, wrong) > seam.tolerance(name, dtype)
+        assert kernel_checks.error(name, inputs, wrong) > kernel_checks.tolerance(name, dtype)
         poisoned = jax.tree.map(lambda a: a.at[..., 3].set(jnp.nan), right)
-        assert seam.error(name, inputs, poisoned) == np.inf
+        assert kernel_checks.error(name, inputs, poisoned) == np.inf
 
 
 _CHILD = """
@@ -398,16 +419,90 @@ def test_pictures_and_pages_are_written(tmp_path):
     device.write(tmp_path, rows)
     assert "| bn/a | eval |" in (tmp_path / "results.md").read_text()
     assert report.read_json(tmp_path / "results.jsonl") == rows
-    pictures.plot_traffic(
-        tmp_path / "traffic.png",
-        [
-            _ROW | {"target": "h200", "moved_T": 10.0, "bound_T": 8, "peer": peer}
-            for peer in ("flax.linen", "jbn")
-        ],
-        "title",
-    )
-    for name in ("op", "kernels", "traffic"):
+    for name in ("op", "kernels"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _drawn(monkeypatch):
+    """The texts of every picture that is drawn from here on."""
+    texts = []
+    figure = pictures.figure
+
+    @contextlib.contextmanager
+    def watched(*args):
+        with figure(*args) as axes:
+            yield axes
+            texts.append(
+                [axes.get_title(), *(label.get_text() for label in axes.get_yticklabels())]
+            )
+
+    monkeypatch.setattr(pictures, "figure", watched)
+    return texts
+
+
+_STEP = {"case": "MobileNetV2 8x32x32", "mode": "train step", "dtype": "bfloat16"}
+_TRAFFIC = {"target": "h200", "case": "bn_add_relu/wide", "mode": "forward_backward"}
+_TRAFFIC |= {"dtype": "bfloat16", "bound_T": 11}
+
+
+@pytest.mark.parametrize(
+    ("plot", "facts", "value", "label", "title"),
+    [
+        (
+            pictures.plot_ratios,
+            {"case": "bn_add_relu/stage4_wide", "mode": "forward_backward", "dtype": "float32"}
+            | {"times_roofline": 1.2},
+            "ratio_vs_flax",
+            "stage4 wide\nBN + add + ReLU, forward and backward, float32",
+            "jbn takes 0.50 of flax.linen's time",
+        ),
+        (
+            pictures.plot_ratios,
+            _STEP,
+            "ratio_vs_flax",
+            "MobileNetV2 8x32x32\ntrain step, bfloat16",
+            "jbn takes 0.50 of flax.linen's time",
+        ),
+        (
+            pictures.plot_traffic,
+            _TRAFFIC | {"moved_T": 9.0},
+            "ratio_vs_flax",
+            "h200: wide\nBN + add + ReLU, forward and backward, bfloat16",
+            "jbn moves 0.50 of flax.linen's bytes",
+        ),
+        (
+            pictures.plot_traffic,
+            _STEP | {"target": "v5e", "ratio_of": "estimated_cycles"},
+            "ratio_vs_flax",
+            "v5e: MobileNetV2 8x32x32\ntrain step, bfloat16",
+            "jbn costs 0.50 of flax.linen",
+        ),
+    ],
+    ids=["op", "model", "traffic of a layer", "traffic of a model"],
+)
+def test_pictures_say_what_was_found(plot, facts, value, label, title, tmp_path, monkeypatch):
+    texts = _drawn(monkeypatch)
+    rows = [facts | {"peer": "flax.linen", value: 1.0}, facts | {"peer": "jbn", value: 0.5}]
+    plot(tmp_path / "picture.png", rows, "on a machine")
+    assert texts == [[f"{title}\non a machine", label]]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_palette():
+    colors = {name: pictures._color(name, 1, 4) for name in ("jbn", "jbn default", "jbn xla")}
+    assert set(colors.values()) == {pictures.JBN}
+    for name in ("flax.linen", "flax.nnx", "torch eager", "xla"):
+        float(pictures._color(name, 1, 4))  # a shade of grey
+    assert pictures._color("jbn triton", 1, 4) == pictures._color("triton", 3, 4)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_other_load_is_told(spread):
+    row = {"median_ms": 10.0, "q1_ms": 10.0, "q3_ms": 10.0 * (1 + spread)}
+    warning = bench._warning([row | {"q3_ms": 10.0}, row, {"case": "not timed"}])
+    assert (warning is None) == (spread == 0.1)
+    if warning:
+        assert "50% of the median" in warning
 
 
 @pytest.mark.third_party
@@ -436,6 +531,41 @@ def test_op_from_the_command_line(tmp_path, capsys):
     assert rows[0]["ratio_vs_flax"] == 1
     assert "bn_relu/stage4_narrow" in capsys.readouterr().out
     assert bench.main(["op", "--filter", "nonsense"]) == 2
+
+
+@pytest.mark.third_party
+def test_model_from_the_command_line(tmp_path, capsys):
+    """The smallest network on the smallest images: every column is there, and a picture."""
+    picture, path = tmp_path / "model.png", tmp_path / "model.jsonl"
+    words = ["model", "--network", "mobilenet_v2", "--batch", "2", "--side", "32", "--repeats", "2"]
+    assert bench.main([*words, "--plot", str(picture), "--json", str(path)]) == 0
+    rows = report.read_json(path)
+    assert [row["peer"] for row in rows] == ["flax.linen", "jbn"]
+    assert all(row["case"] == "MobileNetV2 2x32x32" for row in rows)
+    assert all(min(row[k] for k in ("trace_s", "lower_s", "compile_s")) > 0 for row in rows)
+    assert rows[0]["first_loss"] == pytest.approx(rows[1]["first_loss"], rel=0.05)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "compile_s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["op", "traffic", "model", "device"])
+def test_help_says_what_a_command_does(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main([command, "--help"])
+    assert ended.value.code == 0
+    described = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0" in listed
+    (summary,) = [a.description for a in _commands() if a.prog.endswith(command)]
+    assert summary in " ".join(described.split())
+    assert summary in listed
+
+
+def _commands():
+    (actions,) = [a for a in bench._parser()._actions if isinstance(a.choices, dict)]
+    return actions.choices.values()
 
 
 @pytest.mark.third_party

@@ -15,7 +15,8 @@ def _moved(text, **options):
 
 
 def _entry(body, *, before=""):
-    return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (x: f32[64,128]) -> f32[64,128] {{\n{body}\n}}\n"
+    head = f"HloModule m, is_scheduled=true\n\n{before}\n"
+    return f"{head}ENTRY %main (x: f32[64,128]) -> f32[64,128] {{\n{body}\n}}\n"
 
 
 def _compiled(fn, *args):

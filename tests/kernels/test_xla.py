@@ -1,4 +1,4 @@
-"""kernels/xla.py: the specification of the four functions, its accuracy, and the temporaries of the compiled passes."""
+"""kernels/xla.py: the specification, its accuracy, and the temporaries of the compiled passes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ def draw(*shape, seed=0, mean=0.0):
 
 
 def affine_of(x, axis, eps, weights=None):
-    """The map of a batch norm with a scale and a bias, from statistics in float64."""
+    """(the map of a batch norm, its offset, scale, bias), from statistics in float64."""
     m = oracle.moments(x, axis, weights)
     rstd = 1 / np.sqrt(oracle.variance(m) + eps)
     scale, bias = draw(*m.mean.shape, seed=1), draw(*m.mean.shape, seed=2)
     shift = jnp.asarray(m.mean, jnp.float32)
     offset = jnp.asarray(m.mean - np.asarray(shift, np.float64), jnp.float32)
-    return Affine(shift, offset, jnp.asarray(scale * rstd, jnp.float32), bias), scale, bias
+    gain = jnp.asarray(scale * rstd, jnp.float32)
+    return Affine(shift, gain, bias - offset * gain), offset, scale, bias
 
 
 @pytest.mark.parametrize("weights", [None, "mask", "float"])
@@ -58,7 +59,7 @@ def test_fwd_stats(mean, weights):
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_fwd_apply(mean):
     x, residual = draw(*SHAPE, mean=mean), draw(*SHAPE, seed=4)
-    affine, scale, bias = affine_of(x, AXIS, 1e-3)
+    affine, _, scale, bias = affine_of(x, AXIS, 1e-3)
     y = xla.fwd_apply(x, affine, residual, axis=AXIS, activation=jax.nn.silu, dtype=jnp.float32)
     expected, _ = oracle.forward(
         x, scale, bias, axis=AXIS, eps=1e-3, residual=residual, activation="silu"
@@ -74,10 +75,11 @@ def test_fwd_apply(mean):
 def test_bwd_stats_and_bwd_apply(activation, mean, weights):
     x, dy = draw(*SHAPE, mean=mean), draw(*SHAPE, seed=5)
     weights = None if weights is None else draw(6, 1, 1, 1, seed=3) > 0
-    affine, scale, bias = affine_of(x, AXIS, 1e-3, weights)
+    affine, offset, scale, bias = affine_of(x, AXIS, 1e-3, weights)
     function = None if activation is None else getattr(jax.nn, activation)
     common = {"saved": None, "weights": weights, "axis": AXIS, "activation": function}
-    sum_dz, sum_dz_xc = xla.bwd_stats(x, dy, affine, **common)
+    sum_dz, sum_dz_x = xla.bwd_stats(x, dy, affine, **common)
+    sum_dz_xc = sum_dz_x - offset * sum_dz
     m = oracle.moments(x, AXIS, weights)
     rstd = 1 / np.sqrt(oracle.variance(m) + 1e-3)
     expected = oracle.backward(
@@ -85,12 +87,10 @@ def test_bwd_stats_and_bwd_apply(activation, mean, weights):
     )
     np.testing.assert_allclose(sum_dz, expected.bias, atol=1e-5)
     np.testing.assert_allclose(sum_dz_xc * rstd, expected.scale, atol=2e-5)
-    stats_gradient = StatsGradient(
-        *(
-            jnp.asarray(v, jnp.float32)
-            for v in stats_gradient_of(sum_dz, sum_dz_xc, scale, rstd, m.count)
-        )
-    )
+    # Twice the cotangent of var, and that of mean, over the count: a line about shift.
+    slope = -scale * rstd**3 * sum_dz_xc / m.count
+    intercept = -scale * rstd * sum_dz / m.count - slope * offset
+    stats_gradient = StatsGradient(*(jnp.asarray(v, jnp.float32) for v in (slope, intercept)))
     dx, dresidual = xla.bwd_apply(
         x, dy, affine, stats_gradient=stats_gradient, residual_dtype=jnp.dtype("float32"), **common
     )
@@ -100,12 +100,6 @@ def test_bwd_stats_and_bwd_apply(activation, mean, weights):
     assert none is None
     wide = lambda v: np.expand_dims(v, (0, 2))
     np.testing.assert_allclose(alone, wide(scale * rstd) * expected.residual, atol=1e-5)
-
-
-def stats_gradient_of(sum_dz, sum_dz_xc, scale, rstd, count):
-    """Slope and intercept: twice the cotangent of var, and that of mean, over the count."""
-    gain = scale * rstd
-    return -gain * rstd**2 * sum_dz_xc / count, -gain * sum_dz / count
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -140,9 +134,9 @@ def test_no_full_size_temporaries(dtype, activation, add):
 
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_relu_mask_is_linear_about_a_zero_cotangent(with_residual):
-    """The mask is written such that dy is read twice, and compared to zero: its tangent must not be."""
+    """The mask reads dy twice and compares it with zero; its tangent must not depend on that."""
     x, y, t = draw(*SHAPE), jax.nn.relu(draw(*SHAPE, seed=4)), draw(*SHAPE, seed=5)
-    affine, _, _ = affine_of(x, AXIS, 1e-3)
+    affine, _, _, _ = affine_of(x, AXIS, 1e-3)
     known = {
         "saved": y if with_residual else None,
         "weights": None,

@@ -1,4 +1,4 @@
-"""The placement for TPU, in jax.numpy: its numbers on CPU, and what the TPU compiler makes of it."""
+"""The jnp functions for TPU: their numbers on CPU, and what the TPU compiler makes of them."""
 
 import functools
 
@@ -81,12 +81,13 @@ def test_equals_oracle(activation, with_residual, dtype):
         else residual
     )
     common = {"saved": saved, "weights": None, "axis": AXIS, "activation": act}
-    sum_dz, sum_dz_xc = xla_tpu.bwd_stats(x, dy, affine, **common)
+    sum_dz, sum_dz_x = xla_tpu.bwd_stats(x, dy, affine, **common)
+    sum_dz_xc = sum_dz_x - stats.offset * sum_dz
     np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(rstd * sum_dz_xc, want.scale, rtol=1e-4, atol=1e-3)
+    slope = -affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count
     stats_gradient = StatsGradient(
-        -affine.gain * jnp.square(rstd) * sum_dz_xc / stats.count,
-        -affine.gain * sum_dz / stats.count,
+        slope, -affine.gain * sum_dz / stats.count - slope * stats.offset
     )
     dx, dresidual = xla_tpu.bwd_apply(
         x,
@@ -138,7 +139,7 @@ def _arguments(batch, features, place=lambda spec: None):
 @pytest.mark.aot("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_statistics_stay_in_the_convolution(chip):
-    """Once the running mean is near: the convolution with its statistics, one pass for y, and nothing between."""
+    """With a near running mean: the convolution with its statistics, one pass for y, no more."""
     text = targets.compile_for(chip, _block, *_arguments(128, 512)).as_text()
     run = hlo.operations(text, branch=hlo.cheapest)
     size = 2 * 128 * 28 * 28 * 512

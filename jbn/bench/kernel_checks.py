@@ -1,4 +1,4 @@
-"""The four functions of one implementation on their own: calls, passes, and what they should return in float64."""
+"""The four functions of one implementation, called on their own and checked against float64."""
 
 import importlib
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from jbn.kernels.seam import Affine, StatsGradient
 # Passes over x that each function cannot do without; one more with a residual, or with the y that
 # stands for it.
 PASSES = {"fwd_stats": 1, "fwd_apply": 2, "bwd_stats": 2, "bwd_apply": 3}
-AXIS = (1,)
 
 # For each kernel: the module of its block choices, and the constants worth trying other values of.
 SWEEPS = {
@@ -75,20 +74,21 @@ def inputs(rows: int, channels: int, dtype: str, *, with_residual: bool) -> Inpu
     return Inputs(x, dy, residual, y, affine, StatsGradient(full * 0.01, full * -0.02))
 
 
-def function(implementation: str, name: str) -> Callable[[Inputs], Any]:
-    """One of the four functions with relu, not jitted."""
+def function(implementation: str, name: str, *, interpret: Any = False) -> Callable[[Inputs], Any]:
+    """One of the four functions with relu, not jitted; `interpret` as a Pallas kernel takes it."""
     fn = getattr(module(implementation), name)
-    extra = {} if implementation == "xla" else {"interpret": False}
+    extra = {} if implementation == "xla" else {"interpret": interpret}
 
     def run(inputs: Inputs):
         x, dy, residual, y, affine, stats_gradient = inputs
+        axis = (x.ndim - 1,)
         if name == "fwd_stats":
-            return fn(x, affine.shift, None, axis=AXIS, **extra)
+            return fn(x, affine.shift, None, axis=axis, **extra)
         if name == "fwd_apply":
             return fn(
-                x, affine, residual, axis=AXIS, activation=jax.nn.relu, dtype=x.dtype, **extra
+                x, affine, residual, axis=axis, activation=jax.nn.relu, dtype=x.dtype, **extra
             )
-        backward = {"saved": y, "weights": None, "axis": AXIS, "activation": jax.nn.relu, **extra}
+        backward = {"saved": y, "weights": None, "axis": axis, "activation": jax.nn.relu, **extra}
         if name == "bwd_stats":
             return fn(x, dy, affine, **backward)
         residual_dtype = None if residual is None else residual.dtype
@@ -101,7 +101,10 @@ def function(implementation: str, name: str) -> Callable[[Inputs], Any]:
 
 
 def error(name: str, inputs: Inputs, result: Any) -> float:
-    """The largest error against float64, over the size of what is compared: below `tolerance` if the function is right."""
+    """The largest error against float64, over the size of what is compared.
+
+    It is below `tolerance` if the function is right.
+    """
     x, dy, residual, y, affine, stats_gradient = (
         jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in inputs
     )
@@ -128,7 +131,10 @@ def error(name: str, inputs: Inputs, result: Any) -> float:
 
 
 def tolerance(name: str, dtype: str) -> float:
-    """Of sums in float32: 1e-5, a random walk over 4e5 rows. Of what is stored in x's dtype: one rounding more."""
+    """What rounding may do: 1e-5 to float32 sums (a random walk over 4e5 rows).
+
+    What is stored in x's dtype is rounded once more.
+    """
     stored = name.endswith("apply")
     return 1e-5 + (float(jnp.finfo(dtype).eps) if stored else 0.0)
 

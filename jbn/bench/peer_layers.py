@@ -1,8 +1,7 @@
-"""One batch-norm layer of each JAX library as pure functions; the activation and the residual are
-added as its users do.
+"""One batch-norm layer of each JAX library, as pure functions.
 
-Each function takes a problem and returns a `Layer`.  x arrives as the case says; the output has x's
-dtype.
+The activation and the residual are added as users of that library do.  Each function takes a
+problem and returns a `Layer`.  x has the layout of the case; the output has x's dtype.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ MOMENTUM, EPS = 0.9, 1e-5
 
 
 class Layer(NamedTuple):
-    """train(params, stats, x, residual) -> (y, stats) and evaluate(params, stats, x, residual) -> y."""
+    """Functions of (params, stats, x, residual): train returns (y, stats), evaluate returns y."""
 
     params: Any
     stats: Any
@@ -117,7 +116,10 @@ def haiku(problem: Problem) -> Layer:
 
 
 def equinox(problem: Problem) -> Layer:
-    """Its layer takes one example, channels first, inside vmap: a channels-last x is transposed, as a user would have to."""
+    """Its layer takes one example, channels first, inside vmap.
+
+    A channels-last x is transposed, as a user would have to do.
+    """
     import equinox as eqx
 
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
