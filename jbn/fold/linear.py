@@ -179,7 +179,7 @@ def _check(kernel, bias, params, state, eps):
     for name, value in named.items():
         if value is None and name in ("bias", "params.scale", "params.bias"):
             continue
-        if not jnp.issubdtype(getattr(value, "dtype", None) or type(value), jnp.inexact):
+        if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.inexact):
             kind = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{name} is of {kind}, expected a floating or complex array")
         if name not in ("kernel", "bias") and value.shape != state.mean.shape:
@@ -240,12 +240,10 @@ def _pads(padding) -> bool:
                 "or numbers"
             )
         return name in _ZEROS
-    try:
-        if np.ndim(padding) == 0:
-            return operator.index(padding) > 0
-        return any(_pads(part) for part in padding)
-    except (TypeError, ValueError):
-        pass
+    if isinstance(padding, Sequence) or np.ndim(padding):
+        return any([_pads(part) for part in padding])
+    if hasattr(padding, "__index__"):
+        return operator.index(padding) > 0
     raise TypeError(
         f"padding is {padding!r}, expected a string, an int, or a sequence of ints or of pairs"
     )

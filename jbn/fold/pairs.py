@@ -77,8 +77,8 @@ def find_pairs(
         variables: linen's variables, or an nnx.State (or its pure dict) whose model is in eval
             mode.
         args: inputs; their shapes are enough (jax.ShapeDtypeStruct).
-        eps: of norms whose epsilon is no constant of the program, such as an argument of `apply`;
-            without it they are left out. All other epsilons are read from the program.
+        eps: of norms whose epsilon does not stand in the program as what is added to the variance
+            under a square root; without it they are left out. All others are read there.
 
     Returns:
         Pairs for `fold_variables`; norms that read anything else are left out.
@@ -170,10 +170,12 @@ def _only_reader(equations, norm) -> _Value | None:
             data = data.operands[0]
         if data is not before:
             return None
-    fixed = frozenset().union(*(o.variables for value in readers for o in value.operands))
-    path = (*norm, "mean")
-    met = readers and any(path in o.variables for o in readers[0].operands if not o.data)
-    return readers[0] if met and (*norm, "var") in fixed else None
+    met = lambda name: [
+        value
+        for value in readers
+        if any((*norm, name) in o.variables for o in value.operands if not o.data)
+    ]
+    return readers[0] if met("var") and met("mean") == readers[:1] else None
 
 
 def _normalized(reader, norm):
@@ -215,13 +217,12 @@ def _varying(value, path, shape):
     """
 
     def known(leaf):
-        if leaf.variables == {path}:
+        if leaf.variables == {path} and not leaf.data:
             numbers = np.arange(1, 1 + math.prod(leaf.shape), dtype=np.float32)
             return -jnp.asarray(numbers.reshape(leaf.shape), leaf.aval.dtype)
-        one = path[-1] not in ("mean", "bias") or leaf.variables
-        return jnp.full(leaf.shape, 1 if one and not leaf.data else 0, leaf.aval.dtype)
+        return jnp.full(leaf.shape, 0 if leaf.data else 1, leaf.aval.dtype)
 
-    result = np.asarray(_evaluate(value, known, {}))
+    result = np.asarray(_run(value, known, {}))
     if result.ndim != len(shape):
         return None
     first = lambda a: np.take(result, [0], axis=a)
@@ -230,20 +231,25 @@ def _varying(value, path, shape):
     return axes or tuple(a for a, n in enumerate(shape) if n == 1)[-1:] or None
 
 
+def _run(value, known, cache):
+    """The value, by running what made it from values that `known` gives for all else."""
+    operands = [_evaluate(o, known, cache) for o in value.operands]
+    if value.equation is None:
+        return known(value)
+    result = value.equation.primitive.bind(*operands, **value.equation.params)
+    return result[0] if value.equation.primitive.multiple_results else result
+
+
 def _evaluate(value, known, cache):
-    """The value, given those of the variables, inputs and unknown constants."""
-    if value in cache:
-        return cache[value]
-    if value.constant is not None:
-        result = value.constant
-    elif value.equation is None:
-        result = known(value)
-    else:
-        operands = [_evaluate(o, known, cache) for o in value.operands]
-        result = value.equation.primitive.bind(*operands, **value.equation.params)
-        result = result[0] if value.equation.primitive.multiple_results else result
-    cache[value] = result
-    return result
+    """The value, where `known` gives those of variables and of all that depends on inputs."""
+    if value not in cache:
+        if value.constant is not None:
+            cache[value] = value.constant
+        elif value.data or value.equation is None:
+            cache[value] = known(value)
+        else:
+            cache[value] = _run(value, known, cache)
+    return cache[value]
 
 
 def _epsilon(equations, norm, given) -> float | None:
