@@ -18,6 +18,7 @@ ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nn
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
 ALLOWED = {
     ("health", "plot"),  # python -m jbn.health --plot
+    ("convert", "fold"),  # the pairs of torch's models by name
     ("recalibrate", "health"),  # the moments of what each norm reads
 }
 # Whoever may import jbn.kernels: op runs them; seam alone, which holds the shared formulas,

@@ -145,7 +145,9 @@ def fold_next(
         )
         grouped = moved.reshape(*window, read, groups, made // groups)
         added = (grouped * shift).sum((*lead, -3)).reshape(made)
-        scaled = jnp.moveaxis((grouped * gain).reshape(moved.shape), (-2, -1), (read_axis, made_axis))
+        scaled = jnp.moveaxis(
+            (grouped * gain).reshape(moved.shape), (-2, -1), (read_axis, made_axis)
+        )
         added = added if bias is None else bias + added
         return _cast(scaled, kernel), _cast(added, kernel)
 

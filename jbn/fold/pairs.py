@@ -341,7 +341,12 @@ def _linear(value, axes, bias, uses):
         kernel = kernel.operands[0]
     (path,) = kernel.variables
     fits = bias is None or bias == (*path[:-1], "bias")
-    if path[-1] != "kernel" or uses[kernel] != 1 or not fits or list(made_along) != sorted(made_along):
+    if (
+        path[-1] != "kernel"
+        or uses[kernel] != 1
+        or not fits
+        or list(made_along) != sorted(made_along)
+    ):
         return None
     counted = tuple(a - len(kernel.shape) for a in made_along)
     return path[:-1], counted[0] if len(counted) == 1 else counted

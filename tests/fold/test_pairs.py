@@ -307,9 +307,7 @@ NNX_LAYERS = {
         (4, 4, 4),
     ),
     "ConvTranspose of a transposed kernel": (
-        lambda bias, r: nnx.ConvTranspose(
-            4, 4, (3,), transpose_kernel=True, use_bias=bias, rngs=r
-        ),
+        lambda bias, r: nnx.ConvTranspose(4, 4, (3,), transpose_kernel=True, use_bias=bias, rngs=r),
         (4, 4, 4),
     ),
 }
