@@ -1,4 +1,4 @@
-"""New running statistics from data, exactly: after averaging weights, quantizing, or changing domain.
+"""New running statistics from data, after averaging weights, quantizing, or changing domain.
 
 The running averages of training belong to the weights of training. For other weights (SWA, EMA,
 schedule-free) they are wrong, and inference then computes something that was not trained. The

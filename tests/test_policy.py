@@ -1,4 +1,4 @@
-"""Which statistics normalize, whether they update, whether scale and bias train: each apart from the others."""
+"""Which statistics normalize, whether they update, whether scale and bias train: each alone."""
 
 import collections
 import dataclasses

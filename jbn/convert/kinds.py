@@ -58,8 +58,8 @@ def library(layer: Any, expected: str | None = None) -> str:
             return found
     raise TypeError(
         f"layer is a {type(layer).__module__}.{type(layer).__name__}, expected a batch norm of "
-        f"{expected or 'torch.nn, flax, jbn, haiku, equinox or keras'}: running statistics of other "
-        "norms mean something else"
+        f"{expected or 'torch.nn, flax, jbn, haiku, equinox or keras'}: the running statistics of "
+        "other norms mean something else"
     )
 
 

@@ -2,18 +2,19 @@
 
 What differs between them, and is taken care of here (`options` names it per layer):
 
-    library   momentum weighs   stored variance   eps default   names of scale, bias, mean, var
-    jbn       the old value     biased*           1e-5          scale, bias, mean, var, count
-    PyTorch   the new value     n / (n - 1)       1e-5          weight, bias, running_mean, running_var, num_batches_tracked
-    Flax      the old value     biased            1e-5          scale, bias, mean, var
-    Haiku     the old value     biased, debiased  1e-5          scale, offset, mean_ema, var_ema (average, hidden, counter)
-    Equinox   the old value     biased, debiased  1e-5          weight, bias, batch_state_index, batch_counter
-    Keras     the old value     biased            1e-3          gamma, beta, moving_mean, moving_variance
+    library   momentum weighs   stored variance   eps     names of scale, bias, mean, var
+    jbn       the old value     biased*           1e-5    scale, bias, mean, var, count
+    PyTorch   the new value     n / (n - 1)       1e-5    weight, bias, running_mean, running_var,
+                                                          num_batches_tracked
+    Flax      the old value     biased            1e-5    scale, bias, mean, var
+    Haiku     the old value     biased, debiased  1e-5    scale, offset, mean_ema, var_ema
+    Equinox   the old value     biased, debiased  1e-5    weight, bias, batch_state_index
+    Keras     the old value     biased            1e-3    gamma, beta, moving_mean, moving_variance
     (* n / (n - 1) with unbiased=True)
 
-Arrays keep their dtype.  Where the target holds less than the source (no batch count in Flax and
-Keras), what is lost is
-said in its docstring.  Only the functions that build another library's objects import that library.
+Arrays keep their dtype. Where the target holds less than the source (no batch count in Flax and
+Keras), its docstring says what is lost. Only the functions that build another library's objects
+import that library.
 """
 
 import importlib
@@ -355,7 +356,10 @@ def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
 
 
 def to_keras(params: Params, state: State) -> list[np.ndarray]:
-    """For set_weights of a keras.layers.BatchNormalization: gamma, beta, moving mean, moving variance; the count is lost."""
+    """For set_weights of a keras.layers.BatchNormalization; the count is lost.
+
+    In its order: gamma, beta, moving mean, moving variance.
+    """
     _one_axis(state, "Keras")
     return [np.asarray(value) for value in (*params, state.mean, state.var) if value is not None]
 
@@ -371,7 +375,8 @@ def to_array(value: Any) -> Array:
     array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
     if array.dtype != value.dtype and value.dtype != np.int64:
         raise ValueError(
-            f"an array of dtype {value.dtype} would become {array.dtype}: convert under jax.enable_x64(True)"
+            f"an array of dtype {value.dtype} would become {array.dtype}: convert under "
+            "jax.enable_x64(True)"
         )
     return array
 
@@ -379,7 +384,8 @@ def to_array(value: Any) -> Array:
 def _one_axis(state, library):
     if state.mean.ndim != 1:
         raise ValueError(
-            f"features have shape {state.mean.shape}, expected one axis: {library} has no batch norm over several"
+            f"features have shape {state.mean.shape}, expected one axis: {library} has no batch "
+            "norm over several"
         )
 
 

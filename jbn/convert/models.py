@@ -1,5 +1,6 @@
-"""Whole models of torch: their layers as the variables of a linen model, and which norms can be folded."""
+"""Whole models of torch: the variables of a linen model, and which of the norms can be folded."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping
@@ -131,13 +132,14 @@ def torch_pairs(
     """
     layers, pairs = _of(state_dict), []
     prefixes = list(layers)
-    for layer, norm in zip(prefixes, prefixes[1:], strict=False):
+    for layer, norm in itertools.pairwise(prefixes):
         (kind, tensors), (norm_kind, norm_tensors) = layers[layer], layers[norm]
         (parent, _, name), (norm_parent, _, norm_name) = layer.rpartition("."), norm.rpartition(".")
         fits = kind == "convolution" and norm_kind == "batch norm" and parent == norm_parent
-        if fits and _follows(name, norm_name):
-            if tensors["weight"].shape[:1] == norm_tensors["running_mean"].shape:
-                pairs.append(Pair(path(layer), path(norm), -1, eps))
+        if not fits or not _follows(name, norm_name):
+            continue
+        if tensors["weight"].shape[:1] == norm_tensors["running_mean"].shape:
+            pairs.append(Pair(path(layer), path(norm), -1, eps))
     return tuple(pairs)
 
 
@@ -236,8 +238,8 @@ def _dense(prefix, tensors, shape):
 def _check_bias(prefix, bias, made):
     if bias and bias["bias"].shape != (made,):
         raise ValueError(
-            f"{prefix!r} has a bias of shape {bias['bias'].shape}, expected ({made},): one value for "
-            "each feature that its weight makes"
+            f"{prefix!r} has a bias of shape {bias['bias'].shape}, expected ({made},): one value "
+            "for each feature that its weight makes"
         )
 
 

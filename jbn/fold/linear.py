@@ -195,8 +195,9 @@ def _check(kernel, bias, params, state, eps):
     wrong = np.flatnonzero(~(np.asarray(state.var.real) >= 0))
     if wrong.size:
         raise ValueError(
-            f"var is {np.asarray(state.var).ravel()[wrong[0]]} for feature {wrong[0]} ({wrong.size} "
-            "such features), expected no negative and no NaN: look at the model with jbn.health"
+            f"var is {np.asarray(state.var).ravel()[wrong[0]]} for feature {wrong[0]} "
+            f"({wrong.size} such features), expected no negative and no NaN: look at the model "
+            "with jbn.health"
         )
 
 
@@ -243,7 +244,7 @@ def _pads(padding) -> bool:
             )
         return name in _ZEROS
     if isinstance(padding, Sequence) or np.ndim(padding):
-        return any([_pads(part) for part in padding])
+        return any(_pads(part) for part in padding)
     if hasattr(padding, "__index__"):
         return operator.index(padding) > 0
     raise TypeError(
@@ -365,14 +366,18 @@ def _at(tree, path, default=None):
             if default is not None:
                 return default
             raise ValueError(
-                f"no {'/'.join(path)} in the variables, only {sorted(map(str, tree))} beside {key!r}"
+                f"no {'/'.join(map(str, path))} in the variables, only "
+                f"{sorted(map(str, tree))} where {key!r} was expected"
             )
         tree = tree[key]
     return tree
 
 
 def _with(tree, path, value):
-    """A copy of the tree with the subtree at `path` replaced, or removed for None, with the dicts that leaves empty."""
+    """A copy of the tree with the subtree at `path` replaced, or removed where the value is None.
+
+    Dicts that this leaves empty are removed too.
+    """
     key, *rest = path
     below = _with(tree.get(key, {}), rest, value) if rest else value
     return {**{k: v for k, v in tree.items() if k != key}, **({key: below} if below else {})}

@@ -267,8 +267,8 @@ def _epsilon(equations, norm, given) -> float | None:
     (eps,) = found
     if given is not None and not np.isclose(eps, given, rtol=1e-3, atol=0):
         raise ValueError(
-            f"eps is {given}, but the program adds {eps} to the variance of {'/'.join(map(str, norm))}"
-            ": leave eps out, it is read from the program"
+            f"eps is {given}, but the program adds {eps} to the variance of "
+            f"{'/'.join(map(str, norm))}: leave eps out, it is read from the program"
         )
     return eps
 

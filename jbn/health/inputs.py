@@ -178,7 +178,7 @@ def linen_norms(batch_stats: Mapping[str, Any], path: Path = ()) -> dict[Path, M
 
 @functools.cache
 def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """A subclass of a norm's class that records what the batch norm of the library below it reads."""
+    """A subclass of a norm's class that records what the library's batch norm in it reads."""
     library = next(c for c in kind.__mro__ if c.__module__.split(".")[0] in ("flax", "jbn"))
 
     class Recording(library):

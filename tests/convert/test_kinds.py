@@ -1,4 +1,4 @@
-"""Layers are taken for what they are: batch norms and their subclasses convert, all else is refused."""
+"""Layers are taken for what they are: batch norms and subclasses convert, all else is refused."""
 
 import os
 
@@ -145,7 +145,7 @@ def test_an_activation_that_is_not_known_is_an_error():
 
     layer = torch.nn.BatchNorm2d(3)
     layer.act, layer.drop = torch.nn.Softplus(), torch.nn.Identity()
-    with pytest.raises(TypeError, match="activation is a torch.*Softplus"):
+    with pytest.raises(TypeError, match=r"activation is a torch.*Softplus"):
         convert.options(layer)
     layer.act, layer.drop = torch.nn.ReLU(), torch.nn.Dropout(0.5)
     with pytest.raises(ValueError, match="no dropout"):

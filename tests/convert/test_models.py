@@ -152,7 +152,7 @@ def test_a_torch_resnet_converts_and_folds(trained):
 
 def test_other_modules_and_clashing_paths_are_errors(trained):
     embedding = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}
-    with pytest.raises(ValueError, match="'norm' holds .*with running statistics"):
+    with pytest.raises(ValueError, match=r"'norm' holds .*with running statistics"):
         models.from_torch_model(embedding)
     with pytest.raises(ValueError, match="one path"):
         models.from_torch_model(trained.state_dict(), lambda prefix: ("layer",))
@@ -190,7 +190,7 @@ def test_a_layer_alone_and_layers_in_a_model():
 
 def test_a_matrix_without_bias_is_told_by_the_model():
     model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2, bias=False))
-    with pytest.raises(ValueError, match="'0' holds a matrix without bias.*pass the model itself"):
+    with pytest.raises(ValueError, match=r"'0' holds a matrix without bias.*pass the model itself"):
         models.from_torch_model(model.state_dict())
     params = models.from_torch_model(model)["params"]
     tokens = np.array([[1, 2], [3, 9]])
@@ -229,7 +229,7 @@ def test_a_dense_layer_that_reads_a_flattened_image():
 
 def test_layers_that_cannot_be_converted_are_errors():
     attention = torch.nn.Sequential(torch.nn.MultiheadAttention(4, 2))
-    with pytest.raises(TypeError, match="'0' is a torch.nn.*MultiheadAttention that holds"):
+    with pytest.raises(TypeError, match=r"'0' is a torch.nn.*MultiheadAttention that holds"):
         models.from_torch_model(attention)
     with pytest.raises(ValueError, match="groups=2, expected 1"):
         models.from_torch_model(torch.nn.ConvTranspose2d(4, 4, 3, groups=2))

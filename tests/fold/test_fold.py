@@ -1,4 +1,4 @@
-"""Folding against layer-then-norm in float64, for every layout; pair discovery on models with traps."""
+"""Folding against layer-then-norm in float64, for every layout; pairs of models with traps."""
 
 import functools
 
@@ -301,7 +301,7 @@ def test_what_is_left_of_a_norm_adds_the_residual_in_the_dtype_of_x():
 
 
 class Traps(nn.Module):
-    """Foldable: Conv_0, Conv_1, ConvTranspose_0, Dense_0. Each other norm has a reason not to be."""
+    """Foldable: Conv_0, Conv_1, ConvTranspose_0, Dense_0. No other norm is."""
 
     norm: type = jbn.linen.BatchNorm
     use_bias: bool = False
@@ -371,7 +371,7 @@ def test_a_fully_folded_model_has_no_statistics():
 
 
 class NnxModel(nnx.Module):
-    """A bias, a list, a fused activation with a residual, and (last) a norm that cannot be folded."""
+    """A bias, a list, a fused activation with a residual; the last norm cannot be folded."""
 
     def __init__(self, rngs):
         norm = functools.partial(jbn.nnx.BatchNorm, use_running_average=True, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Pairs found on models of every kind of linear layer: each fold is exact, each trap is left out."""
+"""Pairs of models of every kind of linear layer: each fold is exact, each trap is left out."""
 
 import functools
 
@@ -153,7 +153,7 @@ def test_several_epsilons_in_one_model(kind):
         [x],
     )
     certificate.require(1e-5 * certificate.max_output)
-    with pytest.raises(ValueError, match="eps is 0.1, but the program adds 0.001"):
+    with pytest.raises(ValueError, match=r"eps is 0\.1, but the program adds 0\.001"):
         fold.find_pairs(model.apply, variables, x, eps=0.1)
 
 
@@ -173,7 +173,7 @@ def test_an_epsilon_that_cannot_be_read_must_be_given():
 
 
 class Twice(nn.Module):
-    """A norm that is called twice: after a dense layer of its own each time, or on its own output."""
+    """A norm that is called twice: each time after its own dense layer, or in a row."""
 
     norm: type
     how: str
