@@ -1,12 +1,11 @@
 """Which parameters an optimizer may touch: masks for optax that tell batch norms from the rest.
 
 Three choices are separate for every layer: which statistics normalize (`use_running_average`),
-    whether the state updates
-(`update_stats` in the modules, keeping the old State in the functional API), and whether scale and
-bias train (here).
+whether the state updates (`update_stats` in the modules, keeping the old State in the functional
+API), and whether scale and bias train (here).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,40 +16,54 @@ from jbn.types import Params
 def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda path: True) -> Any:
     """True for the scale and bias of normalization layers, False for everything else.
 
-        optax.masked(optax.set_to_zero(), norm_mask(params))                     freezes them (after the optimizer, in a chain)
-        optax.add_decayed_weights(1e-4, mask=lambda p: not_(norm_mask(p)))        spares them weight decay
+    Freeze them (after the optimizer, in a chain), or spare them weight decay:
 
-    A layer is one that holds a "scale" (a "kernel" and "bias" is none), or a `jbn.Params`. A norm
-    of flax with use_scale=False holds only a "bias", as nothing else in Flax does, and counts too.
+        optax.masked(optax.set_to_zero(), norm_mask(params))
+        optax.add_decayed_weights(1e-4, mask=lambda p: not_(norm_mask(p)))
+
+    A layer is whatever holds a "scale", a "bias" or both and nothing else (with a "kernel" beside
+    the bias it is no norm), or a `jbn.Params`. A norm of Flax with use_scale=False holds only a
+    "bias", as nothing else in Flax does.
 
     Args:
-        params: tree of parameters: linen's, the pure dict of nnx.Params, or one that holds
-            jbn.Params.
+        params: tree of parameters, of any containers that JAX knows: linen's, an nnx.State of
+            nnx.Params or its pure dict, or one that holds jbn.Params.
         select: function of a layer's path; layers it declines are False.
 
     Returns:
-        A tree of bools like params.
+        A tree of bools of the very structure of params.
     """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths = [_names(keys) for keys, _ in flat]
+    layers: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        for depth in range(len(path)):
+            # A layer that is called "bias" lies here too, as "bias/kernel": by its whole rest.
+            layers.setdefault(path[:depth], set()).add("/".join(path[depth:]))
+    functional = {
+        _names(keys)
+        for keys, node in jax.tree_util.tree_flatten_with_path(
+            params, is_leaf=lambda node: isinstance(node, Params)
+        )[0]
+        if isinstance(node, Params)
+    }
 
-    def mark(tree, path):
-        if isinstance(tree, Params):
-            return jax.tree.map(lambda _: select(path), tree)
-        if isinstance(tree, Mapping):
-            if (
-                tree
-                and set(tree) <= {"scale", "bias"}
-                and not any(isinstance(v, Mapping) for v in tree.values())
-            ):
-                return {name: select(path) for name in tree}
-            return {key: mark(below, (*path, str(key))) for key, below in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            marked = [mark(below, (*path, str(index))) for index, below in enumerate(tree)]
-            return type(tree)(*marked) if hasattr(tree, "_fields") else type(tree)(marked)
-        return jax.tree.map(lambda _: False, tree)
+    def is_norm(path):
+        layer = path[:-1]
+        named = bool(path) and layers[layer] <= {"scale", "bias"}
+        return bool((layer in functional or named) and select(layer))
 
-    return mark(params, ())
+    return structure.unflatten([is_norm(path) for path in paths])
 
 
 def not_(mask: Any) -> Any:
     """The complement of a mask."""
     return jax.tree.map(lambda chosen: not chosen, mask)
+
+
+def _names(keys) -> tuple[str, ...]:
+    """The names along a path, without the attribute in which nnx's variables hold their array."""
+    if keys and getattr(keys[-1], "name", None) == "value":
+        keys = keys[:-1]
+    named = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in keys)
+    return tuple(map(str, named))

@@ -1,34 +1,32 @@
-"""Running statistics made anew from data, exactly: after averaging weights, quantizing, or moving
-to another domain.
+"""New running statistics from data, after averaging weights, quantizing, or changing domain.
 
-The running averages of training belong to the weights of training.  For other weights (SWA, EMA,
-schedule-free) they are
-wrong, and what inference computes with them is not what was trained.  Here they become the pooled
-moments of the data,
-weighted by count: no average of averages, and a short last batch counts as short.
+The running averages of training belong to the weights of training. For other weights (SWA, EMA,
+schedule-free) they are wrong, and inference then computes something that was not trained. The
+functions here replace them by the pooled moments of the data, weighted by count: a short last batch
+weighs less than a full one.
 
-Every norm's input depends on the norms before it, so a pass over the data is exact for those whose
-predecessors are.  With the model in inference mode, passes repeat until nothing changes any more:
-as many as there are norms in the longest chain. With the model in train mode each norm reads what
-normalization by batches made (torch.optim.swa_utils.update_bn): one pass, an approximation, that is
-better the larger the batches.
+The input of a norm depends on the norms before it, so one pass over the data is exact for those
+norms whose predecessors are exact. With the model in inference mode, passes repeat until nothing
+changes any more: as many as there are norms in the longest chain. With the model in train mode each
+norm reads what the batches were normalized to (as in torch.optim.swa_utils.update_bn): one pass,
+an approximation, which is better the larger the batches are.
 """
 
 import functools
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 from jax import Array
 
 from jbn import functional
-from jbn.core import flax_common, stats
+from jbn.health import inputs
 from jbn.types import Moments, State
-
-_Found = dict[Any, Moments]
 
 
 def pooled_moments(
@@ -47,7 +45,7 @@ def pooled_moments(
     for batch in batches:
         x, weights = batch if isinstance(batch, tuple) else (batch, None)
         m = functional.moments(x, axis=axis, weights=weights)
-        total = m if total is None else stats.merge(total, m)
+        total = m if total is None else functional.merge_moments(total, m)
     if total is None:
         raise ValueError("batches is empty, expected at least one")
     return total
@@ -72,46 +70,98 @@ def recalibrate(
         batches: iterated once per pass: a list or a data loader, not a generator, unless passes is
             1.
         unbiased: store n / (n - 1) times the variance.
-        passes: at most so many; None for as many as there are norms. It ends sooner once nothing
-            changes.
+        passes: at most so many, at least 1; None for as many as there are norms. It ends sooner
+            once nothing changes.
         progress: show a bar (needs tqdm, of the extra "examples").
 
     Returns:
         The states, with count the number of batches. A feature that no batch counted keeps its
-        values.
+        values, and so does a norm whose moments `collect` never returns.
 
     Raises:
-        ValueError: no batches, or an iterator that cannot be iterated again.
+        ValueError: no batches, an iterator that cannot be iterated again, passes below 1, a key
+            that no state has, or keys that differ between batches.
+        TypeError: passes is no int, or what `collect` returns is no mapping to `jbn.Moments`.
     """
     return _run(
         jax.jit(collect), states, batches, unbiased=unbiased, passes=passes, progress=progress
     )
 
 
-def _run(collect, states, batches, *, unbiased=False, passes=None, progress=False):
-    """`recalibrate` with a `collect` that is compiled already."""
-    passes = len(states) if passes is None else passes
+def _run(
+    collect, states, batches, *, chain=None, unbiased=False, passes=None, progress=False
+) -> dict[Any, State]:
+    """`recalibrate` with a `collect` that is compiled already.
+
+    chain: how many norms there are, where one state may hold those of several layers.
+    """
+    passes = _checked_passes(passes, len(states) if chain is None else chain)
     if passes > 1 and iter(batches) is batches:
         raise ValueError(
-            f"batches is an iterator, expected one that gives the data {passes} times: a list, or passes=1"
+            f"batches is an iterator, expected one that gives the data {passes} times: "
+            "a list, or passes=1"
         )
-    merge = jax.jit(lambda a, b: {key: stats.merge(a[key], b[key]) for key in a})
+    merge = jax.jit(lambda a, b: {key: inputs.merge(a[key], b[key]) for key in a})
     states = dict(states)
     for number in range(passes):
         total, count = None, 0
         for batch in _shown(batches, progress, number):
-            found = dict(collect(states, batch))
+            found = _checked_moments(collect(states, batch), states, total)
             total = found if total is None else merge(total, found)
             count += 1
         if total is None:
             raise ValueError("batches is empty, expected at least one")
         before = states
         states = {
-            key: _replaced(state, total.get(key), unbiased, count) for key, state in states.items()
+            key: _replaced(state, total[key], unbiased, count) if key in total else state
+            for key, state in states.items()
         }
         if _equal(before, states):
             break
     return states
+
+
+def _checked_passes(passes, chain):
+    if passes is None:
+        return max(1, chain)
+    try:
+        passes = operator.index(passes)
+    except TypeError:
+        raise TypeError(f"passes is {passes!r}, expected an int or None") from None
+    if passes < 1:
+        raise ValueError(f"passes is {passes}, expected at least 1, or None for as many as needed")
+    return passes
+
+
+def _checked_moments(found, states, total):
+    """What `collect` returned for one batch, as a dict."""
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"collect returned a {type(found).__name__}, expected a dict from a norm's name to the "
+            "jbn.moments of what it reads"
+        )
+    for key, m in found.items():
+        if not isinstance(m, Moments):
+            raise TypeError(
+                f"collect returned a {type(m).__name__} for {key!r}, expected jbn.Moments: "
+                "jbn.moments(x)"
+            )
+        if key not in states:
+            raise ValueError(
+                f"collect returned moments of {key!r}, expected only keys of states: {list(states)}"
+            )
+        if m.mean.size != states[key].mean.size:
+            raise ValueError(
+                f"collect returned moments of shape {m.mean.shape} for {key!r}, expected that of "
+                f"its state, {states[key].mean.shape}"
+            )
+    if total is not None and set(total) != set(found):
+        differing = sorted(map(repr, set(total) ^ set(found)))
+        raise ValueError(
+            f"collect returned moments of {', '.join(differing)} for some batches only, expected "
+            "the same keys for every batch"
+        )
+    return dict(found)
 
 
 def recalibrate_linen(
@@ -122,35 +172,52 @@ def recalibrate_linen(
 ) -> dict[str, Any]:
     """New batch_stats for a linen model, of jbn's or Flax's BatchNorm.
 
+    Norms are found wherever they are, also inside nn.scan, nn.vmap, nn.remat and nn.jit; only a
+    scan that broadcasts batch_stats (instead of carrying or stacking it) is refused.
+
     Args:
         apply: function of (variables, batch) that runs the model on a batch, such as `lambda v,
             batch: model.apply(v, batch["image"], train=False)`. In train mode, with
-                mutable=["batch_stats"], one pass makes the approximation.
+            mutable=["batch_stats"], one pass makes the approximation.
         variables: of the model.
         batches: iterated once per pass; each goes through jit.
         options: unbiased, passes, progress, as in `recalibrate`.
 
     Returns:
-        The variables with new batch_stats. Norms inside nn.scan and nn.vmap cannot be reached: JAX
-        reports a leaked tracer.
+        The variables with new batch_stats; containers keep their types.
+
+    Raises:
+        ValueError: as `recalibrate`; no batch_stats, no norm called, or a jax.jit inside `apply`.
     """
-    flat = dict(_norms(variables["batch_stats"]))
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables hold {sorted(variables)}, expected 'batch_stats' among them: the running "
+            "statistics that init makes"
+        )
+    norms = {
+        path: State(norm["mean"], norm["var"], jnp.int32(0))
+        for path, norm in inputs.linen_norms(variables["batch_stats"]).items()
+    }
+    apply = _uncompiled(apply)
 
     @jax.jit
     def collect(variables, states, batch):
-        found: _Found = {}
+        return _for_all(
+            states, inputs.collect_linen(lambda: apply(_with(variables, states), batch))
+        )
 
-        def watch(call, args, kwargs, context):
-            if isinstance(context.module, linen.BatchNorm) and context.method_name == "__call__":
-                _record(found, context.module.path, context.module, *args, **kwargs)
-            return call(*args, **kwargs)
+    def compiled(states, batch):
+        try:
+            return collect(variables, states, batch)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "apply calls a function that jax.jit compiles, from which the moments cannot come "
+                "out: expected model.apply itself, or nn.jit in place of jax.jit"
+            ) from error
 
-        with linen.intercept_methods(watch):
-            apply({**variables, "batch_stats": _nested(variables["batch_stats"], states)}, batch)
-        return found
-
-    states = _run(functools.partial(collect, dict(variables)), flat, batches, **options)
-    return {**variables, "batch_stats": _nested(variables["batch_stats"], states)}
+    # Where nn.scan or nn.vmap stacks layers, the leading axes of a mean count them.
+    chain = sum(math.prod(state.mean.shape[:-1]) for state in norms.values())
+    return _with(variables, _run(compiled, norms, batches, chain=chain, **options))
 
 
 def recalibrate_nnx(
@@ -158,80 +225,61 @@ def recalibrate_nnx(
 ) -> None:
     """New statistics, in place, for an nnx model of jbn's or Flax's BatchNorm.
 
+    Norms are found wherever they are, also inside nnx.scan, nnx.vmap, nnx.remat and nnx.jit; only a
+    scan that broadcasts the norm (in_axes None) is refused.
+
     Args:
         model: in eval mode for exact statistics; in train mode one pass makes the approximation.
         batches: iterated once per pass; each goes through jit.
         apply: function of (model, batch) that runs the model on a batch.
         options: unbiased, passes, progress, as in `recalibrate`.
+
+    Raises:
+        ValueError: as `recalibrate`; no norm called, or a jax.jit inside `apply`.
     """
-    norms = {
-        path: module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.BatchNorm)
-    }
+    norms = inputs.nnx_norms(model)
     graph, variables = nnx.split(model)
+    apply = _uncompiled(apply)
 
     @jax.jit
     def collect(variables, states, batch):
-        found: _Found = {}
         copy = nnx.merge(graph, variables)
-        copied = {
-            path: module
-            for path, module in nnx.iter_modules(copy)
-            if isinstance(module, nnx.BatchNorm)
-        }
-        for path, module in copied.items():
-            module.mean[...], module.var[...] = states[path].mean, states[path].var
-        _watch_children(copy, {id(module): path for path, module in copied.items()}, found)
-        apply(copy, batch)
-        return found
+        for path, norm in inputs.nnx_norms(copy).items():
+            norm.mean.set_value(states[path].mean)
+            norm.var.set_value(states[path].var)
+        return _for_all(states, inputs.collect_nnx(lambda m: apply(m, batch), copy))
 
-    flat = {
-        path: State(module.mean[...], module.var[...], jnp.int32(0))
-        for path, module in norms.items()
+    states = {
+        path: State(norm.mean[...], norm.var[...], jnp.int32(0)) for path, norm in norms.items()
     }
-    for path, state in _run(
-        functools.partial(collect, variables), flat, batches, **options
-    ).items():
-        norms[path].mean[...], norms[path].var[...] = state.mean, state.var
+    chain = sum(norm.mean.size // norm.num_features for norm in norms.values())
+    collect = functools.partial(collect, variables)
+    new = _run(collect, states, batches, chain=chain, **options)
+    for path, state in new.items():
+        norms[path].mean.set_value(state.mean)
+        norms[path].var.set_value(state.var)
 
 
-class _Watched:
-    """An nnx BatchNorm's stand-in that records what it reads. A plain object: nnx must not look inside."""
-
-    def __init__(self, norm, path, found):
-        self.norm, self.path, self.found = norm, path, found
-
-    def __call__(self, *args, **kwargs):
-        _record(self.found, self.path, self.norm, *args, **kwargs)
-        return self.norm(*args, **kwargs)
+def _uncompiled(apply):
+    """What jax.jit compiles would keep the moments inside: the function under it."""
+    while hasattr(apply, "lower") and hasattr(apply, "__wrapped__"):
+        apply = apply.__wrapped__
+    return apply
 
 
-def _watch_children(model, paths, found):
-    """Put a `_Watched` wherever a module holds one of the norms."""
-    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
-    for parent in modules:
-        for key, child in list(nnx.iter_children(parent)):
-            if id(child) in paths:
-                watched = _Watched(child, paths[id(child)], found)
-                if isinstance(key, int):
-                    parent[key] = watched
-                else:
-                    object.__setattr__(parent, str(key), watched)
-
-
-def _record(found, path, layer, x, *_, mask=None, **__):
-    """The moments of one call; a layer that is called twice has those of both."""
-    x = jnp.asarray(x)
-    m = functional.moments(x, axis=flax_common.feature_axes(layer.axis, x.ndim), weights=mask)
-    found[path] = m if path not in found else stats.merge(found[path], m)
+def _for_all(states, found):
+    """Moments for every state: those of nothing where the model did not call the norm."""
+    return {path: found.get(path, inputs.empty(state.mean)) for path, state in states.items()}
 
 
 def _replaced(state, m, unbiased, batches):
-    if m is None:  # the model has this norm but did not call it
-        return state
+    """The state by the moments of all batches; what they did not count keeps its values."""
     m = Moments(*(value.reshape(state.mean.shape) for value in m))
-    new = functional.update_state(state, m, momentum=0.0, unbiased=unbiased)
+    update = functools.partial(functional.update_state, momentum=0.0, unbiased=unbiased)
+    new = update(state._replace(mean=state.mean.real), m._replace(mean=m.mean.real))
+    if jnp.iscomplexobj(m.mean):
+        imaginary = jnp.where(m.count > 0, m.mean.imag, jnp.imag(state.mean))
+        new = new._replace(mean=jax.lax.complex(new.mean, imaginary.astype(new.mean.dtype)))
     return new._replace(count=jnp.asarray(batches, state.count.dtype))
 
 
@@ -240,23 +288,16 @@ def _equal(before, after):
     return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
-def _norms(tree, path=()):
-    """(path, State) of each norm in a batch_stats tree."""
-    if set(tree) == {"mean", "var"} and not isinstance(tree["mean"], Mapping):
-        yield path, State(tree["mean"], tree["var"], jnp.int32(0))
-        return
-    for key, below in tree.items():
-        if isinstance(below, Mapping):
-            yield from _norms(below, (*path, key))
+def _with(variables, states):
+    """The variables with the statistics of `states`, in containers of the same types."""
 
+    def replaced(keys, value):
+        *path, name = (getattr(key, "key", None) for key in keys)
+        state = states.get(tuple(path))
+        return getattr(state, name) if state is not None and name in ("mean", "var") else value
 
-def _nested(tree, states, path=()):
-    """The tree with the norms' values from `states`."""
-    if path in states:
-        return {"mean": states[path].mean, "var": states[path].var}
-    return {
-        k: _nested(v, states, (*path, k)) if isinstance(v, Mapping) else v for k, v in tree.items()
-    }
+    flat = jax.tree_util.tree_map_with_path(replaced, variables["batch_stats"])
+    return type(variables)({**variables, "batch_stats": flat})
 
 
 def _shown(batches, progress, number):

@@ -16,7 +16,11 @@ CORE = (
 ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nnx")
 # Each of these stands on the modules above. Another tool may use one only where ALLOWED says so.
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
-ALLOWED = {("health", "plot")}  # python -m jbn.health --plot
+ALLOWED = {
+    ("health", "plot"),  # python -m jbn.health --plot
+    ("convert", "fold"),  # the pairs of torch's models by name
+    ("recalibrate", "health"),  # the moments of what each norm reads
+}
 # Whoever may import jbn.kernels: op runs them; seam alone, which holds the shared formulas,
 # is open to all.
 SEAM = "jbn.kernels.seam"

@@ -1,11 +1,17 @@
-"""Which statistics normalize, whether they update, whether scale and bias train: each apart from the others."""
+"""Which statistics normalize, whether they update, whether scale and bias train: each alone."""
 
+import collections
+import dataclasses
+from typing import Any
+
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jbn
 import jbn.linen
@@ -104,3 +110,77 @@ def test_a_frozen_layer_still_passes_gradients():
     state = state._replace(var=jnp.full(3, 4.0))
     dx = jax.grad(lambda x: jbn.batch_norm_eval(x, params, state).sum())(jnp.ones((5, 3)))
     np.testing.assert_allclose(dx, np.full((5, 3), 1 / np.sqrt(4 + 1e-5)), rtol=1e-6)
+
+
+LAYERS = {
+    "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+    "value": {"scale": jnp.ones(2), "value": jnp.ones(2)},
+    # Layers, not parameters:
+    "scale": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+    "bias": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+}
+NORMS = {"norm", "bias"}
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Norm:
+    scale: Any
+    bias: Any
+
+
+@flax.struct.dataclass
+class Dense:
+    kernel: Any
+    bias: Any
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.scale = nnx.Linear(2, 2, rngs=rngs)
+        self.layers = nnx.List([nnx.BatchNorm(2, use_scale=False, rngs=rngs)])
+
+
+CONTAINERS = {
+    "dict": LAYERS,
+    "FrozenDict": flax.core.freeze(LAYERS),
+    "OrderedDict": collections.OrderedDict(LAYERS),
+    "named tuple": Pair(LAYERS, [LAYERS, (LAYERS,)]),
+    "dataclasses": {"norm": Norm(1.0, 2.0), "dense": Dense(1.0, 2.0)},
+    "State": nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param),
+    "pure dict": nnx.to_pure_dict(nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)),
+    "boxes": {"norm": {"scale": nn.Partitioned(jnp.ones(2), ("data",))}},
+    "only layers called scale and bias": {"scale": LAYERS["dense"], "bias": LAYERS["norm"]},
+    "Params": jbn.Params(jnp.ones(2), None),
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_mask_is_a_tree_of_the_very_type_and_optax_takes_it(name):
+    tree = CONTAINERS[name]
+    mask = norm_mask(tree)
+    assert type(mask) is type(tree)
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+    zeroed = optax.masked(optax.set_to_zero(), mask)
+    ones = jax.tree.map(jnp.ones_like, tree)
+    updates, _ = zeroed.update(ones, zeroed.init(tree), tree)
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    chosen = [bool((np.asarray(u) == 0).all()) for u in jax.tree.leaves(updates)]
+    assert chosen == jax.tree.leaves(mask)
+    optax.masked(optax.adam(1e-3), lambda params: not_(norm_mask(params))).init(tree)
+
+
+def test_layers_called_scale_or_bias_are_judged_by_what_they_hold():
+    for tree in (LAYERS, flax.core.freeze(LAYERS)):
+        mask = norm_mask(tree)
+        assert {name for name, layer in mask.items() if any(layer.values())} == NORMS
+        assert {name for name, layer in mask.items() if all(layer.values())} == NORMS
+    state = norm_mask(CONTAINERS["State"])
+    flat = {"/".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(state)}
+    assert flat == {"layers/0/bias": True, "scale/bias": False, "scale/kernel": False}
+    selected = norm_mask(Pair(LAYERS, [LAYERS]), lambda path: path == ("second", "0", "norm"))
+    assert sum(jax.tree.leaves(selected)) == 2
+    assert selected.second[0]["norm"] == {"scale": True, "bias": True}

@@ -1,4 +1,4 @@
-"""Recalibrated statistics against float64 ones pooled over all batches, in chains of norms and with masks."""
+"""Recalibrated statistics against float64 ones pooled over all batches, in chains, with masks."""
 
 import flax.linen as nn
 import jax
@@ -176,3 +176,106 @@ def test_a_progress_bar_shows_each_pass(capsys):
         lambda states, x: {"a": jbn.moments(x)}, {"a": jbn.init(4)[1]}, batches(2), progress=True
     )
     assert "recalibrate, pass 1" in capsys.readouterr().err
+
+
+class Layer(nn.Module):
+    """One link of a chain: a norm and relu."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.relu(nn.BatchNorm(use_running_average=True, name="norm")(x)), None
+
+
+def test_a_scanned_chain_takes_as_many_passes_as_it_has_layers():
+    model = nn.scan(
+        nn.remat(Layer),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
+    )()
+    xs = batches(4)
+    variables = nn.FrozenDict(model.init(jax.random.key(0), xs[0]))
+    new = recalibrate_linen(jax.jit(lambda v, x: model.apply(v, x)[0]), variables, xs)
+    assert isinstance(new, nn.FrozenDict)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    for number in range(3):
+        stats = pooled(xs)
+        norm = new["batch_stats"]["norm"]
+        close((norm["mean"][number], norm["var"][number]), stats)
+        xs = [relu_normalized(x, *stats) for x in xs]
+
+
+def test_a_jit_inside_apply_is_an_error():
+    model, xs = nn.BatchNorm(use_running_average=True), batches(2)
+    variables = model.init(jax.random.key(0), xs[0])
+    inner = jax.jit(model.apply)
+    with pytest.raises(ValueError, match=r"jax\.jit"):
+        recalibrate_linen(lambda v, x: inner(v, x), variables, xs)
+    inner(variables, xs[0])
+    with pytest.raises(ValueError, match=r"jax\.jit"):
+        recalibrate_linen(lambda v, x: inner(v, x), variables, xs)
+
+
+def test_a_norm_that_is_the_model_with_complex_x():
+    x = [(a[..., :4] + 1j * a[..., ::-1]).astype(np.complex64) for a in batches(3)]
+    everything = np.concatenate(x).astype(np.complex128).reshape(-1, 4)
+    variance = (np.abs(everything - everything.mean(0)) ** 2).mean(0)
+    model = jbn.linen.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), x[0])
+    new = recalibrate_linen(model.apply, variables, iter(x))["batch_stats"]
+    close((new["mean"], new["var"]), (everything.mean(0), variance))
+    norm = jbn.nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    recalibrate_nnx(norm, x)
+    close((norm.mean[...], norm.var[...]), (everything.mean(0), variance))
+
+
+def test_passes_end_once_nothing_changes_and_not_before():
+    """Three norms side by side need one pass, and a second to see that nothing changed."""
+    xs, started = batches(3), []
+
+    class Loader:
+        def __iter__(self):
+            started.append(0)
+            return iter(xs)
+
+    states = dict.fromkeys("abc", jbn.init(4)[1])
+    collect = lambda states, x: {key: jbn.moments(x) for key in states}
+    recalibrate(collect, states, Loader())
+    assert len(started) == 1 + 2  # the first asks whether the loader gives its data again
+
+    def late(states, x):
+        """Only the variance of the last norm changes in the second pass."""
+        spread = 1 + states["a"].mean[0]
+        return {"a": jbn.moments(x), "b": jbn.moments((x - pooled_mean) * spread)}
+
+    pooled_mean = jnp.asarray(pooled(xs)[0], jnp.float32)[None, None]
+    new = recalibrate(late, dict.fromkeys("ab", jbn.init(4)[1]), xs)
+    mean, var = pooled(xs)
+    np.testing.assert_allclose(new["b"].var, var * (1 + mean[0]) ** 2, rtol=1e-4)
+
+
+def test_wrong_passes_and_wrong_moments_are_errors():
+    states, xs = {"a": jbn.init(4)[1]}, batches(3)
+    good = lambda states, x: {"a": jbn.moments(x)}
+    for passes in (0, -1):
+        with pytest.raises(ValueError, match=f"passes is {passes}, expected at least 1"):
+            recalibrate(good, states, xs, passes=passes)
+    with pytest.raises(TypeError, match=r"passes is 1\.5"):
+        recalibrate(good, states, xs, passes=1.5)
+    with pytest.raises(ValueError, match="moments of 'b', expected only keys of states"):
+        recalibrate(lambda states, x: {"b": jbn.moments(x)}, states, xs)
+    with pytest.raises(TypeError, match=r"for 'a', expected jbn\.Moments"):
+        recalibrate(lambda states, x: {"a": x}, states, xs)
+    with pytest.raises(TypeError, match="returned a Moments, expected a dict"):
+        recalibrate(lambda states, x: jbn.moments(x), states, xs)
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 'a', expected that of its state, \(4"):
+        recalibrate(lambda states, x: {"a": jbn.moments(x[..., :2])}, states, xs)
+    sizes = {len(x) for x in xs}
+    assert len(sizes) > 1
+    some = lambda states, x: {"a": jbn.moments(x)} if len(x) == len(xs[0]) else {}
+    with pytest.raises(ValueError, match="'a' for some batches only"):
+        recalibrate(some, states, xs)
+    with pytest.raises(ValueError, match=r"variables hold \['params'\], expected 'batch_stats'"):
+        recalibrate_linen(lambda v, x: x, {"params": {}}, xs)
+    with pytest.raises(ValueError, match="no batch norm was called"):
+        recalibrate_nnx(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), xs)

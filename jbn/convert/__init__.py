@@ -16,7 +16,7 @@ from jbn.convert.layers import (
     to_nnx,
     to_torch,
 )
-from jbn.convert.models import from_torch_model, resnet_path
+from jbn.convert.models import from_torch_model, module_path, resnet_path, torch_pairs
 
 __all__ = [
     "debiased_momentum",
@@ -27,6 +27,7 @@ __all__ = [
     "from_nnx",
     "from_torch",
     "from_torch_model",
+    "module_path",
     "options",
     "resnet_path",
     "to_equinox",
@@ -35,4 +36,5 @@ __all__ = [
     "to_linen",
     "to_nnx",
     "to_torch",
+    "torch_pairs",
 ]

@@ -2,18 +2,19 @@
 
 What differs between them, and is taken care of here (`options` names it per layer):
 
-    library   momentum weighs   stored variance   eps default   names of scale, bias, mean, var
-    jbn       the old value     biased*           1e-5          scale, bias, mean, var, count
-    PyTorch   the new value     n / (n - 1)       1e-5          weight, bias, running_mean, running_var, num_batches_tracked
-    Flax      the old value     biased            1e-5          scale, bias, mean, var
-    Haiku     the old value     biased, debiased  1e-5          scale, offset, mean_ema, var_ema (average, hidden, counter)
-    Equinox   the old value     biased, debiased  1e-5          weight, bias, batch_state_index, batch_counter
-    Keras     the old value     biased            1e-3          gamma, beta, moving_mean, moving_variance
+    library   momentum weighs   stored variance   eps     names of scale, bias, mean, var
+    jbn       the old value     biased*           1e-5    scale, bias, mean, var, count
+    PyTorch   the new value     n / (n - 1)       1e-5    weight, bias, running_mean, running_var,
+                                                          num_batches_tracked
+    Flax      the old value     biased            1e-5    scale, bias, mean, var
+    Haiku     the old value     biased, debiased  1e-5    scale, offset, mean_ema, var_ema
+    Equinox   the old value     biased, debiased  1e-5    weight, bias, batch_state_index
+    Keras     the old value     biased            1e-3    gamma, beta, moving_mean, moving_variance
     (* n / (n - 1) with unbiased=True)
 
-Arrays keep their dtype.  Where the target holds less than the source (no batch count in Flax and
-Keras), what is lost is
-said in its docstring.  Only the functions that build another library's objects import that library.
+Arrays keep their dtype. Where the target holds less than the source (no batch count in Flax and
+Keras), its docstring says what is lost. Only the functions that build another library's objects
+import that library.
 """
 
 import importlib
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jbn.convert import kinds
 from jbn.types import Params, State
 
 _EXTRA = {"torch": "install torch", "equinox": "pip install 'jbn[peers]'"}
@@ -34,47 +36,53 @@ def options(layer: Any) -> dict[str, Any]:
     library's layer.
 
     Args:
-        layer: a batch norm of torch.nn, flax.linen, flax.nnx, jbn, haiku, equinox or keras. For
-            those that debias (haiku, equinox), pass the `momentum` found here through
-            `debiased_momentum`.
+        layer: a batch norm of torch.nn, flax.linen, flax.nnx, jbn, haiku, equinox or keras, or of a
+            subclass, such as timm's BatchNormAct2d. For those that debias (haiku, equinox), pass
+            the `momentum` found here through `debiased_momentum`.
 
     Returns:
-        axis, momentum, eps, unbiased; drop momentum and unbiased for `jbn.batch_norm_eval`.
+        axis, momentum, eps, unbiased; and activation, virtual_batch_size and skip_nonfinite of a
+        layer that has them. Drop momentum, unbiased and the last two for `jbn.batch_norm_eval`.
 
     Raises:
-        TypeError: no batch norm of these libraries.
+        TypeError: no batch norm of these libraries, or an activation that is not known.
+        ValueError: a torch batch norm without running statistics, or with dropout.
     """
-    library = type(layer).__module__.partition(".")[0]
+    library = kinds.library(layer)
     if library == "torch":
-        momentum = None if layer.momentum is None else 1 - layer.momentum
-        return {"axis": 1, "momentum": momentum, "eps": layer.eps, "unbiased": True}
-    if library in ("flax", "jbn") and hasattr(layer, "epsilon"):
-        unbiased = getattr(layer, "unbiased", False)
-        return {
-            "axis": layer.axis,
-            "momentum": layer.momentum,
-            "eps": layer.epsilon,
-            "unbiased": unbiased,
-        }
+        return _torch_options(layer)
     if library == "haiku":
-        return {
-            "axis": layer.channel_index,
-            "momentum": layer.mean_ema.decay,
-            "eps": layer.eps,
-            "unbiased": False,
-        }
-    if library == "equinox":  # x [batch, channels, ...] outside its vmap
-        return {"axis": 1, "momentum": layer.momentum, "eps": layer.eps, "unbiased": False}
-    if library == "keras":
-        return {
-            "axis": layer.axis,
-            "momentum": layer.momentum,
-            "eps": layer.epsilon,
-            "unbiased": False,
-        }
-    raise TypeError(
-        f"layer is a {type(layer).__module__}.{type(layer).__name__}, expected a batch norm of torch.nn, flax, "
-        "jbn, haiku, equinox or keras"
+        axis, momentum, eps = layer.channel_index, layer.mean_ema.decay, layer.eps
+    elif library == "equinox":  # x [batch, channels, ...] outside its vmap
+        axis, momentum, eps = 1, layer.momentum, layer.eps
+    else:
+        axis, momentum, eps = layer.axis, layer.momentum, layer.epsilon
+    found = {"axis": axis, "momentum": momentum, "eps": eps}
+    found["unbiased"] = getattr(layer, "unbiased", False)
+    if library == "flax":
+        extra = ("activation", "virtual_batch_size", "skip_nonfinite")
+        found |= {name: getattr(layer, name) for name in extra if getattr(layer, name, None)}
+    return found
+
+
+def _torch_options(layer):
+    if layer.running_mean is None:
+        raise ValueError(_untracked(type(layer).__name__))
+    momentum = None if layer.momentum is None else 1 - layer.momentum
+    found = {"axis": 1, "momentum": momentum, "eps": layer.eps, "unbiased": True}
+    drop = getattr(layer, "drop", None)
+    if drop is not None and type(drop).__name__ != "Identity":
+        raise ValueError(
+            f"the batch norm drops elements by {drop}, expected no dropout: apply it yourself"
+        )
+    function = kinds.activation(layer.act) if hasattr(layer, "act") else None
+    return found if function is None else {**found, "activation": function}
+
+
+def _untracked(name):
+    return (
+        f"{name} is a batch norm without running statistics (track_running_stats=False): it "
+        "normalizes by the batch in evaluation too, expected running_mean and running_var"
     )
 
 
@@ -99,28 +107,39 @@ def debiased_momentum(momentum: float, count: Array) -> Array:
     return decay * (1 - decay**count) / (1 - decay ** (count + 1))
 
 
-def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[Params, State]:
-    """A torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm.
+def from_torch(state_dict: Any, prefix: str = "") -> tuple[Params, State]:
+    """A torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or of a subclass.
 
     Args:
-        state_dict: of the layer, or of a model; tensors or arrays.
+        state_dict: of the layer, or of a model; tensors or arrays. Or the layer itself, which is
+            checked to be a batch norm: an InstanceNorm has the same names.
         prefix: what stands before "weight" in its keys, such as "layer1.0.bn1.".
 
     Returns:
         (params, state), None for the parameters of affine=False.
 
     Raises:
-        ValueError: no running statistics under the prefix (track_running_stats=False has none).
+        ValueError: no running statistics under the prefix, or sizes that differ.
+        TypeError: a layer that is no batch norm.
     """
+    if hasattr(state_dict, "state_dict"):
+        kinds.library(state_dict, "torch")
+        state_dict = state_dict.state_dict()
     found = {
         name: to_array(state_dict[prefix + name])
         for name in _TORCH_NAMES
         if prefix + name in state_dict
     }
     if "running_mean" not in found or "running_var" not in found:
+        if found:
+            raise ValueError(_untracked(f"{prefix + 'running_mean'!r} is missing: this"))
         raise ValueError(
-            f"state_dict has no {prefix}running_mean and running_var, expected those of a tracking batch norm"
+            f"state_dict has no {prefix}running_mean and running_var, expected those of a batch "
+            f"norm; it has {list(state_dict)[:8]}"
         )
+    sizes = {name: value.shape for name, value in found.items() if name in _TORCH_NAMES[:4]}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the batch norm {prefix!r} has shapes {sizes}, expected one for all")
     count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
     state = State(found["running_mean"], found["running_var"], count.astype(jnp.int32))
     return Params(found.get("weight"), found.get("bias")), state
@@ -166,6 +185,11 @@ def from_linen(variables: Mapping[str, Any], *, count: int = 0) -> tuple[Params,
         variables: {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}} of the layer.
         count: batches seen, which Flax does not record.
     """
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables hold {sorted(variables)}, expected 'batch_stats' among them: the running "
+            "statistics of one BatchNorm"
+        )
     return from_nnx({**variables.get("params", {}), **variables["batch_stats"]}, count=count)
 
 
@@ -185,6 +209,11 @@ def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, Stat
         values: "scale", "bias", "mean", "var" of the layer: nnx.to_pure_dict(nnx.state(layer)).
         count: batches seen, which Flax does not record.
     """
+    if not {"mean", "var"} <= set(values):
+        raise ValueError(
+            f"the layer holds {sorted(map(str, values))}, expected mean and var (and scale, bias): "
+            "those of one BatchNorm"
+        )
     array = lambda name: None if values.get(name) is None else to_array(values[name])
     return Params(array("scale"), array("bias")), State(
         to_array(values["mean"]), to_array(values["var"]), jnp.int32(count)
@@ -206,6 +235,8 @@ def from_haiku(
         params, state: of the transformed function.
         name: of the module in them, such as "resnet/batch_norm_1".
     """
+    if f"{name}/~/mean_ema" not in state:
+        raise ValueError(f"no {name}/~/mean_ema in the state, expected one of {list(state)}")
     learned = params.get(name, {})
     vector = lambda value: to_array(value).reshape(-1)
     scale, bias = (
@@ -269,6 +300,7 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
         layer: the layer.
         state: the equinox.nn.State it belongs to.
     """
+    kinds.library(layer, "equinox")
     params = Params(layer.weight, layer.bias)
     if layer.mode == "ema":
         mean, var = state.get(layer.ema_state_index)
@@ -316,6 +348,7 @@ def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
         layer: the layer.
         count: batches seen, which Keras does not record.
     """
+    kinds.library(layer, "keras")
     array = lambda variable: None if variable is None else to_array(variable.value)
     return Params(array(layer.gamma), array(layer.beta)), State(
         to_array(layer.moving_mean.value), to_array(layer.moving_variance.value), jnp.int32(count)
@@ -323,7 +356,10 @@ def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
 
 
 def to_keras(params: Params, state: State) -> list[np.ndarray]:
-    """For set_weights of a keras.layers.BatchNormalization: gamma, beta, moving mean, moving variance; the count is lost."""
+    """For set_weights of a keras.layers.BatchNormalization; the count is lost.
+
+    In its order: gamma, beta, moving mean, moving variance.
+    """
     _one_axis(state, "Keras")
     return [np.asarray(value) for value in (*params, state.mean, state.var) if value is not None]
 
@@ -339,7 +375,8 @@ def to_array(value: Any) -> Array:
     array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
     if array.dtype != value.dtype and value.dtype != np.int64:
         raise ValueError(
-            f"an array of dtype {value.dtype} would become {array.dtype}: convert under jax.enable_x64(True)"
+            f"an array of dtype {value.dtype} would become {array.dtype}: convert under "
+            "jax.enable_x64(True)"
         )
     return array
 
@@ -347,7 +384,8 @@ def to_array(value: Any) -> Array:
 def _one_axis(state, library):
     if state.mean.ndim != 1:
         raise ValueError(
-            f"features have shape {state.mean.shape}, expected one axis: {library} has no batch norm over several"
+            f"features have shape {state.mean.shape}, expected one axis: {library} has no batch "
+            "norm over several"
         )
 
 

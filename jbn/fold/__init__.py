@@ -1,4 +1,7 @@
-"""Fold a batch norm in inference mode into the linear layer before or after it, and show that nothing changed."""
+"""Fold a batch norm in inference mode into the linear layer before or after it.
+
+`certify` shows that the model still computes the same.
+"""
 
 from jbn.fold.certificate import Certificate, certify
 from jbn.fold.linear import (

@@ -43,7 +43,7 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
     """
     error, largest, tried = 0.0, 0.0, 0
     for x in inputs:
-        expected, found = (np.asarray(f(x)).astype(np.float64) for f in (reference, candidate))
+        expected, found = (_widest(np.asarray(f(x))) for f in (reference, candidate))
         if expected.shape != found.shape:
             raise ValueError(
                 f"outputs of shape {expected.shape} and {found.shape}, expected the same"
@@ -57,3 +57,8 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
             "inputs is empty, expected at least one: a certificate says nothing without them"
         )
     return Certificate(error, largest, tried)
+
+
+def _widest(output):
+    """float64, or complex128 for complex numbers."""
+    return output.astype(np.complex128 if np.iscomplexobj(output) else np.float64)

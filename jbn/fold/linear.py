@@ -1,15 +1,23 @@
 """Folding: a batch norm in inference mode becomes part of the linear layer before or after it."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jbn.core import validate
 from jbn.fold.pairs import Pair
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
+
+# A convolution that pads with these reads values that the norm made, wherever it reads.
+_WRAPPING = ("CIRCULAR", "REFLECT")
+_ZEROS = ("SAME", "SAME_LOWER", "CAUSAL")
 
 
 def fold_previous(
@@ -23,38 +31,47 @@ def fold_previous(
 ) -> tuple[Array, Array]:
     """Fold a batch norm into the linear layer before it.
 
-        gain = scale / sqrt(var + eps)        kernel *= gain        bias = (bias - mean) * gain + bias of the norm
+        gain = scale / sqrt(var + eps)
+        kernel *= gain
+        bias = (bias - mean) * gain + bias of the norm
 
     Exact for dense layers and for convolutions of any padding, stride, dilation and number of
     groups, transposed or not.
 
     Args:
-        kernel: any rank.
+        kernel: floating or complex, any rank.
         bias: the shape of the features, or None.
         params, state: of the batch norm.
         out_axis: where the kernel holds the features: -1 for dense and HWIO, -2 for flax's
             ConvTranspose with transpose_kernel, `kernel_axes(dimension_numbers)[1]` in general;
             several for DenseGeneral.
-        eps: of the batch norm.
+        eps: of the batch norm, >= 0.
 
     Returns:
         (kernel, bias) in the kernel's dtype; there always is a bias.
 
     Raises:
-        ValueError: the kernel does not make these features.
+        ValueError: the kernel does not make these features, the bias or the params do not have
+            their shape, an axis out of range, eps < 0, or a variance that is negative or NaN.
+        TypeError: an array that is not floating, or no Params and State.
     """
-    axes = tuple(
-        sorted(a % kernel.ndim for a in ((out_axis,) if isinstance(out_axis, int) else out_axis))
-    )
+    _check(kernel, bias, params, state, eps)
+    axes = _axes(out_axis, kernel)
     features = tuple(kernel.shape[a] for a in axes)
     if features != state.mean.shape:
         raise ValueError(
-            f"kernel {kernel.shape} makes features {features} along {axes=}, the batch norm has {state.mean.shape}"
+            f"kernel {kernel.shape} makes features {features} along {axes=}, expected those of the "
+            f"batch norm, {state.mean.shape}"
         )
-    gain, shift = _affine(params, state, eps)
-    shift = shift if bias is None else bias.astype(gain.dtype) * gain + shift
-    wide = jnp.expand_dims(gain, tuple(a for a in range(kernel.ndim) if a not in axes))
-    return (kernel.astype(gain.dtype) * wide).astype(kernel.dtype), shift.astype(kernel.dtype)
+    if bias is not None and bias.shape != features:
+        raise ValueError(
+            f"bias has shape {bias.shape}, expected {features}: the features that the kernel makes"
+        )
+    with jax.numpy_dtype_promotion("standard"):  # to the widest, and back at the end
+        gain, added = _affine(params, state, eps)
+        added = added if bias is None else bias * gain + added
+        gain = jnp.expand_dims(gain, tuple(a for a in range(kernel.ndim) if a not in axes))
+        return _cast(kernel * gain, kernel), _cast(added, kernel)
 
 
 def fold_next(
@@ -68,52 +85,71 @@ def fold_next(
     out_axis: int = -1,
     groups: int = 1,
     eps: float = 1e-5,
+    strides: int | Sequence[int] = 1,
+    input_dilation: int | Sequence[int] = 1,
+    transposed: bool = False,
 ) -> tuple[Array, Array]:
     """Fold a batch norm into the linear layer after it; nothing, not even an activation, may stand
     between.
 
-    Where the convolution pads, it pads with zeros *after* the norm, which no bias can imitate: only
-    "VALID" is exact.
+        kernel *= gain
+        bias += sum over window and input features of kernel * (bias of the norm - mean * gain)
+
+    That is exact where every position of the output reads a whole window of what the norm made:
+    no zeros that are added *after* the norm, which no bias can imitate, neither around its output
+    (padding) nor between its values (input_dilation, the strides of a transposed convolution).
 
     Args:
         params, state: of the batch norm, features of rank 1.
         kernel, bias: of the layer after it.
-        padding: of that layer: "VALID", or pairs of zeros; a dense layer has "VALID".
+        padding: of that layer, in any form that Flax takes. "VALID", zeros and negative numbers
+            (which crop) are exact, "CIRCULAR" and "REFLECT" too, and "SAME" where the window has
+            size 1; a dense layer has "VALID".
         in_axis, out_axis: where the kernel holds the features it reads and makes
             (`kernel_axes(dimension_numbers)`).
         groups: feature_group_count.
-        eps: of the batch norm.
+        eps: of the batch norm, >= 0.
+        strides: of the layer; any, unless it is transposed.
+        input_dilation: of the layer.
+        transposed: whether the layer is a transposed convolution.
 
     Returns:
         (kernel, bias) in the kernel's dtype.
 
     Raises:
-        ValueError: the layer pads, or the kernel does not read these features.
+        ValueError: the layer reads zeros that the norm did not make, the kernel does not read these
+            features, or what `fold_previous` raises.
+        TypeError: as `fold_previous`, or a padding of another kind.
     """
-    if not (
-        padding == "VALID"
-        or (not isinstance(padding, str) and not any(sum(pair) for pair in padding))
-    ):
-        raise ValueError(
-            f"padding is {padding!r}, expected 'VALID': zeros added after the batch norm cannot be folded"
-        )
-    moved = jnp.moveaxis(kernel, (in_axis, out_axis), (-2, -1))  # [..., in / groups, out]
+    _check(kernel, bias, params, state, eps)
+    (read_axis,), (made_axis,) = _axes(in_axis, kernel), _axes(out_axis, kernel)
+    if read_axis == made_axis:
+        raise ValueError(f"{in_axis=} and {out_axis=} are the same axis of kernel {kernel.shape}")
+    moved = jnp.moveaxis(kernel, (read_axis, made_axis), (-2, -1))  # [..., in / groups, out]
     *window, read, made = moved.shape
-    if state.mean.shape != (read * groups,) or made % groups:
+    _refuse_zeros(padding, window, strides, input_dilation, transposed)
+    if groups < 1 or state.mean.shape != (read * groups,) or made % groups:
         raise ValueError(
-            f"kernel {kernel.shape} with {groups=} reads {read * groups} features, the batch norm has {state.mean.shape}"
+            f"kernel {kernel.shape} with {groups=} reads {read * groups} features, expected those "
+            f"of the batch norm, {state.mean.shape}"
         )
-    gain, shift = (
-        v.reshape(groups, read).T[:, :, None] for v in _affine(params, state, eps)
-    )  # [in / groups, groups, 1]
-    grouped = moved.astype(gain.dtype).reshape(*window, read, groups, made // groups)
+    if bias is not None and bias.shape != (made,):
+        raise ValueError(
+            f"bias has shape {bias.shape}, expected ({made},): the features that the kernel makes"
+        )
     lead = tuple(range(len(window)))
-    added = (grouped * jnp.expand_dims(shift, lead)).sum((*lead, -3)).reshape(made)
-    scaled = (grouped * jnp.expand_dims(gain, lead)).reshape(moved.shape)
-    added = added if bias is None else bias.astype(gain.dtype) + added
-    return jnp.moveaxis(scaled, (-2, -1), (in_axis, out_axis)).astype(kernel.dtype), added.astype(
-        kernel.dtype
-    )
+    with jax.numpy_dtype_promotion("standard"):  # to the widest, and back at the end
+        gain, shift = (  # [..., in / groups, groups, 1]
+            jnp.expand_dims(v.reshape(groups, read).T[:, :, None], lead)
+            for v in _affine(params, state, eps)
+        )
+        grouped = moved.reshape(*window, read, groups, made // groups)
+        added = (grouped * shift).sum((*lead, -3)).reshape(made)
+        scaled = jnp.moveaxis(
+            (grouped * gain).reshape(moved.shape), (-2, -1), (read_axis, made_axis)
+        )
+        added = added if bias is None else bias + added
+        return _cast(scaled, kernel), _cast(added, kernel)
 
 
 def kernel_axes(
@@ -130,6 +166,90 @@ def kernel_axes(
     shape = (1,) * ndim
     out, read, *_ = lax.conv_dimension_numbers(shape, shape, dimension_numbers).rhs_spec
     return (out, read) if transpose_kernel else (read, out)
+
+
+def _check(kernel, bias, params, state, eps):
+    """What both directions ask of their arguments."""
+    for value, expected in ((params, Params), (state, State)):
+        if not isinstance(value, expected):
+            raise TypeError(
+                f"got a {type(value).__name__} ({value!r:.60}), expected a jbn.{expected.__name__} "
+                "of the batch norm"
+            )
+    named = {"kernel": kernel, "bias": bias, "mean": state.mean, "var": state.var}
+    named |= {f"params.{name}": value for name, value in params._asdict().items()}
+    for name, value in named.items():
+        if value is None and name in ("bias", "params.scale", "params.bias"):
+            continue
+        if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.inexact):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{name} is of {kind}, expected a floating or complex array")
+        if name not in ("kernel", "bias") and value.shape != state.mean.shape:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected that of mean, {state.mean.shape}"
+            )
+    if not isinstance(eps, jax.core.Tracer) and not (np.ndim(eps) == 0 and 0 <= eps < np.inf):
+        raise ValueError(f"eps is {eps}, expected a finite number >= 0: the batch norm's epsilon")
+    if isinstance(state.var, jax.core.Tracer):
+        return
+    wrong = np.flatnonzero(~(np.asarray(state.var.real) >= 0))
+    if wrong.size:
+        raise ValueError(
+            f"var is {np.asarray(state.var).ravel()[wrong[0]]} for feature {wrong[0]} "
+            f"({wrong.size} such features), expected no negative and no NaN: look at the model "
+            "with jbn.health"
+        )
+
+
+def _axes(value, kernel) -> tuple[int, ...]:
+    """Axes of the kernel, not negative and ascending."""
+    axes = (value,) if isinstance(value, int) else tuple(value)
+    return validate.axis(axes, kernel.ndim)
+
+
+def _refuse_zeros(padding, window, strides, input_dilation, transposed):
+    """Raise where the layer reads zeros that stand outside or between the values of the norm."""
+    many = lambda value: any(n != 1 for n in np.ravel(value))
+    if many(input_dilation):
+        raise ValueError(
+            f"input_dilation is {input_dilation}, expected 1: the zeros it puts between the values "
+            "of the batch norm cannot be folded"
+        )
+    if transposed and (many(strides) or many(window)):
+        raise ValueError(
+            f"a transposed convolution of window {tuple(window)} and strides {strides} reads zeros "
+            "around and between the values of the batch norm, expected 1 for both: fold the norm "
+            "into the layer before it, or leave it"
+        )
+    if _pads(padding) and many(window):
+        raise ValueError(
+            f"padding is {padding!r}, expected 'VALID': zeros added after the batch norm cannot be "
+            "folded"
+        )
+    if _pads(padding) and not isinstance(padding, str):
+        raise ValueError(
+            f"padding is {padding!r}, expected no positive number: zeros added after the batch "
+            "norm cannot be folded"
+        )
+
+
+def _pads(padding) -> bool:
+    """Whether a convolution with this padding may add zeros."""
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in ("VALID", *_WRAPPING, *_ZEROS):
+            raise ValueError(
+                f"padding is {padding!r}, expected one of VALID, {', '.join(_WRAPPING + _ZEROS)}, "
+                "or numbers"
+            )
+        return name in _ZEROS
+    if isinstance(padding, Sequence) or np.ndim(padding):
+        return any(_pads(part) for part in padding)
+    if hasattr(padding, "__index__"):
+        return operator.index(padding) > 0
+    raise TypeError(
+        f"padding is {padding!r}, expected a string, an int, or a sequence of ints or of pairs"
+    )
 
 
 def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -175,59 +295,69 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
     return {name: tree for name, tree in folded.items() if tree or name != "batch_stats"}
 
 
-class FoldedNorm:
-    """What is left of a jbn BatchNorm once it is folded: the residual and the activation. Takes its
-    place in linen and nnx.
+class FoldedNorm(nnx.Module):
+    """What is left of a jbn BatchNorm once it is folded: the residual and the activation.
+
+    Takes the norm's place in nnx models, as a module like any other, and in linen models.
 
     Args:
-        activation: as of the batch norm. Its other options, positional or not, no longer mean
-            anything.
+        activation: as of the batch norm; may be a module with parameters. Its other options,
+            positional or not, no longer mean anything.
     """
 
-    def __init__(self, *_, activation: Callable[[Array], Array] | None = None, **__):
+    def __init__(self, *_: Any, activation: Callable[[Array], Array] | None = None, **__: Any):
         self.activation = activation
 
-    def __call__(self, x: Array, *_, residual: Array | None = None, **__) -> Array:
-        """activation(x + residual)."""
+    def __call__(self, x: Array, *_: Any, residual: Array | None = None, **__: Any) -> Array:
+        """activation(x + residual), in the dtype of x."""
         x = x if residual is None else x + residual.astype(x.dtype)
         return x if self.activation is None else self.activation(x)
 
 
 def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
     """A copy of an nnx model in which each norm of the pairs is folded and a `FoldedNorm` stands in
-    its place.
+    its place, wherever the model holds it.
 
     Raises:
         ValueError: as `fold_variables`.
     """
     model = nnx.clone(model)
+    modules = dict(nnx.iter_modules(model))
+    for path in (path for pair in pairs for path in (pair.layer, pair.norm)):
+        if path not in modules:
+            raise ValueError(f"no module {'/'.join(map(str, path))} in the model: {list(modules)}")
     folded = fold_variables(nnx.to_pure_dict(nnx.state(model)), pairs)
     for pair in pairs:
-        layer, values = _child(model, pair.layer), _at(folded, pair.layer)
-        layer.kernel[...] = values["kernel"]
-        layer.bias, layer.use_bias = nnx.Param(values["bias"]), True
-        parent, norm, key = _child(model, pair.norm[:-1]), _child(model, pair.norm), pair.norm[-1]
-        left = FoldedNorm(activation=getattr(norm, "activation", None))
-        if isinstance(key, int):
-            parent[key] = left
+        layer, norm, values = modules[pair.layer], modules[pair.norm], _at(folded, pair.layer)
+        layer.kernel.set_value(values["kernel"])
+        if layer.bias is None:
+            layer.bias, layer.use_bias = nnx.Param(values["bias"]), True
         else:
-            setattr(parent, str(key), left)
+            layer.bias.set_value(values["bias"])
+        left = FoldedNorm(activation=getattr(norm, "activation", None))
+        # The norm itself becomes what is left of it, so that every holder of it has that.
+        object.__setattr__(norm, "__class__", FoldedNorm)
+        vars(norm).clear()
+        vars(norm).update(vars(left))
     return model
-
-
-def _child(module: Any, path) -> Any:
-    for key in path:
-        module = module[key] if isinstance(key, int) else getattr(module, key)
-    return module
 
 
 def _affine(params, state, eps):
     """y = x * gain + shift, in the accumulator's dtype."""
-    acc = accumulator(state.mean.dtype)
-    gain = lax.rsqrt(state.var.astype(acc) + eps)
-    gain = gain if params.scale is None else gain * params.scale.astype(acc)
-    shift = -state.mean.astype(acc) * gain
-    return gain, shift if params.bias is None else params.bias.astype(acc) + shift
+    acc = accumulator(state.var.real.dtype)
+    gain = lax.rsqrt(state.var.real.astype(acc) + jnp.asarray(eps, acc))
+    gain = gain if params.scale is None else gain * params.scale
+    shift = -state.mean * gain
+    return gain, shift if params.bias is None else params.bias + shift
+
+
+def _cast(value, kernel):
+    """In the kernel's dtype, unless that would lose an imaginary part."""
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(kernel):
+        raise TypeError(
+            f"kernel has dtype {kernel.dtype}, expected a complex one: the batch norm is complex"
+        )
+    return value.astype(kernel.dtype)
 
 
 def _at(tree, path, default=None):
@@ -236,14 +366,18 @@ def _at(tree, path, default=None):
             if default is not None:
                 return default
             raise ValueError(
-                f"no {'/'.join(path)} in the variables, only {sorted(map(str, tree))} beside {key!r}"
+                f"no {'/'.join(map(str, path))} in the variables, only "
+                f"{sorted(map(str, tree))} where {key!r} was expected"
             )
         tree = tree[key]
     return tree
 
 
 def _with(tree, path, value):
-    """A copy of the tree with the subtree at `path` replaced, or removed for None, with the dicts that leaves empty."""
+    """A copy of the tree with the subtree at `path` replaced, or removed where the value is None.
+
+    Dicts that this leaves empty are removed too.
+    """
     key, *rest = path
     below = _with(tree.get(key, {}), rest, value) if rest else value
     return {**{k: v for k, v in tree.items() if k != key}, **({key: below} if below else {})}

@@ -1,22 +1,29 @@
 """Which batch norms of a model can be folded, read off the model's own computation.
 
-A name or the order of the layers would only suggest it.  The traced program shows it: the output of
+A name or the order of the layers would only suggest it. The traced program shows it: the output of
 a convolution or dense layer goes into the batch norm and nowhere else, with at most its bias added
-between, and both are used once.
+between, both are used once, and the norm's features are those that the layer makes.
 """
 
 import dataclasses
+import itertools
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 Path = tuple[Hashable, ...]  # keys of dicts, indices of lists
 # The names under which primitives that only wrap a program hold it.
-_WRAPPERS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_WRAPPERS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _CASTS = ("convert_element_type", "copy", "optimization_barrier")
+_ROOTS = ("rsqrt", "sqrt", "pow")
+_VECTORS = ("mean", "var", "scale", "bias")
 
 
 class Pair(NamedTuple):
@@ -26,13 +33,14 @@ class Pair(NamedTuple):
         layer: path of the convolution or dense layer, such as ("Block_0", "Conv_0"); it holds
             "kernel" and perhaps "bias".
         norm: path of the batch norm.
-        out_axis: axis of the kernel that makes the features of the norm.
+        out_axis: axis of the kernel that makes the features of the norm; several for a DenseGeneral
+            before a norm of several feature axes.
         eps: of the batch norm.
     """
 
     layer: Path
     norm: Path
-    out_axis: int = -1
+    out_axis: int | tuple[int, ...] = -1
     eps: float = 1e-5
 
 
@@ -42,12 +50,24 @@ class _Value:
 
     variables: frozenset[Path]  # paths of the variables it is made of
     data: bool  # whether it also depends on the inputs
-    shape: tuple[int, ...]
+    aval: Any
     equation: JaxprEqn | None = None
     operands: tuple["_Value", ...] = ()
+    constant: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self.aval, "shape", ()))
+
+    @property
+    def name(self) -> str:
+        """Of the primitive that made it."""
+        return "" if self.equation is None else str(self.equation.primitive)
 
 
-def find_pairs(apply: Callable, variables: Any, *args: Any, eps: float = 1e-5) -> tuple[Pair, ...]:
+def find_pairs(
+    apply: Callable, variables: Any, *args: Any, eps: float | None = None
+) -> tuple[Pair, ...]:
     """The foldable batch norms of a model, each with the layer before it, in the order they run.
 
     Args:
@@ -57,30 +77,36 @@ def find_pairs(apply: Callable, variables: Any, *args: Any, eps: float = 1e-5) -
         variables: linen's variables, or an nnx.State (or its pure dict) whose model is in eval
             mode.
         args: inputs; their shapes are enough (jax.ShapeDtypeStruct).
-        eps: of the batch norms, as it stands in the program only as a number.
+        eps: of norms whose epsilon does not stand in the program as what is added to the variance
+            under a square root; without it they are left out. All others are read there.
 
     Returns:
         Pairs for `fold_variables`; norms that read anything else are left out.
+
+    Raises:
+        ValueError: eps is given and the program says otherwise.
     """
     closed = jax.make_jaxpr(apply)(variables, *args)
     paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
     uses, equations = Counter(), []
+    inputs = closed.jaxpr.invars
     values = [
-        _Value(frozenset({path}), False, _shape(v))
-        for path, v in zip(paths, closed.jaxpr.invars, strict=False)
+        _Value(frozenset({path}), False, v.aval) for path, v in zip(paths, inputs, strict=False)
     ]
-    values += [_Value(frozenset(), True, _shape(v)) for v in closed.jaxpr.invars[len(paths) :]]
+    values += [_Value(frozenset(), True, v.aval) for v in inputs[len(paths) :]]
     for out in _walk(closed.jaxpr, closed.consts, values, uses, equations):
         uses[out] += 1
     pairs = []
-    for norm, readers in _readers(equations).items():
-        layers = {
-            pair
-            for value in _operands(readers)
-            if (pair := _pair(value, norm, uses, eps)) is not None
-        }
-        if len(readers) == 1 and len(layers) == 1:
-            pairs += layers
+    for norm in dict.fromkeys(path[:-1] for path in paths if path[-1] == "mean"):
+        reader = _only_reader(equations, norm)
+        if reader is None:
+            continue
+        data, axes = _normalized(reader, norm)
+        found = axes and _layer(data, axes, uses)
+        norm_eps = _epsilon(equations, norm, eps)
+        if found and norm_eps is not None:
+            pairs.append((equations.index(reader), Pair(found[0], norm, found[1], norm_eps)))
+    pairs = [pair for _, pair in sorted(pairs, key=operator.itemgetter(0))]
     folded = Counter(pair.layer for pair in pairs)
     return tuple(pair for pair in pairs if folded[pair.layer] == 1)
 
@@ -90,116 +116,257 @@ def _walk(
 ) -> list[_Value]:
     """Follow a program, wrapped programs included; the values of its outputs."""
     env = dict(zip(jaxpr.invars, values, strict=True))
+    fixed = lambda var, constant: _Value(frozenset(), False, var.aval, constant=constant)
     env.update(
-        (var, _Value(frozenset(), False, _shape(var)))
-        for var, _ in zip(jaxpr.constvars, consts, strict=True)
+        (var, fixed(var, constant)) for var, constant in zip(jaxpr.constvars, consts, strict=True)
     )
-    read = lambda v: _Value(frozenset(), False, _shape(v)) if isinstance(v, Literal) else env[v]
+    read = lambda v: fixed(v, v.val) if isinstance(v, Literal) else env[v]
     for equation in jaxpr.eqns:
         operands = tuple(map(read, equation.invars))
-        inner = _wrapped(equation)
+        inner, passed = _wrapped(equation, operands)
         if inner is not None:
-            env.update(
-                zip(
-                    equation.outvars,
-                    _walk(inner.jaxpr, inner.consts, operands, uses, equations),
-                    strict=True,
-                )
-            )
+            outs = _walk(inner.jaxpr, inner.consts, passed, uses, equations)
+            env.update(zip(equation.outvars, outs, strict=True))
             continue
         uses.update(operands)
         variables = frozenset().union(*(value.variables for value in operands))
-        made = [
-            _Value(variables, any(o.data for o in operands), _shape(v), equation, operands)
-            for v in equation.outvars
-        ]
+        data = any(o.data for o in operands)
+        made = [_Value(variables, data, v.aval, equation, operands) for v in equation.outvars]
         env.update(zip(equation.outvars, made, strict=True))
         equations.append(made[0])
     return [read(v) for v in jaxpr.outvars]
 
 
-def _wrapped(equation) -> ClosedJaxpr | None:
-    """The program of a call, if the equation is one; a loop over the program is not."""
+def _wrapped(equation, operands):
+    """The program of a call with its operands, if the equation is one; a loop over it is none."""
     if str(equation.primitive) in ("scan", "while"):
-        return None
+        return None, ()
+    if equation.params.get("branches_platforms"):  # any platform's program will do
+        return equation.params["branches"][-1], operands[1:]
     for name in _WRAPPERS:
         inner = equation.params.get(name)
         inner = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
-        if isinstance(inner, ClosedJaxpr) and len(inner.jaxpr.invars) == len(equation.invars):
-            return inner
-    return None
+        if isinstance(inner, ClosedJaxpr) and len(inner.jaxpr.invars) == len(operands):
+            return inner, operands
+    return None, ()
 
 
-def _readers(equations) -> dict[Path, list[_Value]]:
-    """Path of each batch norm: the operations in which its mean meets data."""
-    readers: dict[Path, list[_Value]] = {}
-    for value in equations:
-        fixed = frozenset().union(*(o.variables for o in value.operands if not o.data))
-        if any(o.data for o in value.operands):
-            for path in fixed:
-                if path[-1] == "mean":
-                    readers.setdefault(path[:-1], []).append(value)
-    return readers
+def _only_reader(equations, norm) -> _Value | None:
+    """The operation in which the norm's mean meets data, if the norm is called once.
 
-
-def _operands(readers):
-    return [operand for reader in readers for operand in reader.operands if operand.data]
-
-
-def _pair(value, norm, uses, eps) -> Pair | None:
-    """The pair, if this input of the norm comes from a linear layer that nothing else reads."""
-    bias: Path | None = None
-    while value.equation is not None and uses[value] == 1:
-        name, operands = str(value.equation.primitive), value.operands
-        data = [o for o in operands if o.data]
-        if name in _CASTS and len(data) == 1:
-            value = data[0]
-        elif name == "add" and bias is None and len(data) == 1:
-            fixed = frozenset().union(*(o.variables for o in operands if not o.data))
-            if len(fixed) != 1:
-                return None
-            (bias,), value = fixed, data[0]
-        elif name in ("conv_general_dilated", "dot_general"):
-            return _linear(value, norm, bias, uses, eps)
-        else:
+    Then data meets its vectors in one operation (jbn's), or in one after the other, (x - mean) *
+    gain + bias, each of which reads the result of the one before.
+    """
+    vectors = {(*norm, name) for name in _VECTORS}
+    readers = [
+        value
+        for value in equations
+        if any(o.data for o in value.operands)
+        and any(vectors & o.variables for o in value.operands if not o.data)
+    ]
+    for before, after in itertools.pairwise(readers):
+        data = _single(o for o in after.operands if o.data)
+        while data is not None and data.name in _CASTS:
+            data = data.operands[0]
+        if data is not before:
             return None
+    met = lambda name: [
+        value
+        for value in readers
+        if any((*norm, name) in o.variables for o in value.operands if not o.data)
+    ]
+    return readers[0] if met("var") and met("mean") == readers[:1] else None
+
+
+def _normalized(reader, norm):
+    """What the norm reads, and the axes of it along which the mean lies; None if it is no norm."""
+    data = [o for o in reader.operands if o.data]
+    x = data[0]  # a fused norm may read a residual after x
+    if reader.shape != x.shape or (reader.name == "sub" and reader.operands[0] is not x):
+        return x, None
+    if reader.name != "sub" and (len(reader.operands) < 3 or _programs(reader.equation)):
+        return x, None
+    path = (*norm, "mean")
+    if reader.name == "sub":
+        axes = _varying(reader.operands[1], path, x.shape)
+        return x, axes
+    mean = _single(o for o in reader.operands if path in o.variables and not o.data)
+    fitting = [a for a, n in enumerate(x.shape) if mean is not None and (n,) == mean.shape]
+    return x, tuple(fitting) if len(fitting) == 1 else _varying(reader, path, x.shape)
+
+
+def _single(values):
+    """The value, if there is exactly one."""
+    values = list(values)
+    return values[0] if len(values) == 1 else None
+
+
+def _programs(equation):
+    """Whether the equation runs a program of its own: a loop or a branch, not one operation."""
+    return any(
+        isinstance(part, Jaxpr | ClosedJaxpr)
+        for value in equation.params.values()
+        for part in (value if isinstance(value, tuple | list) else (value,))
+    )
+
+
+def _varying(value, path, shape):
+    """Axes of a value along which it differs if the variable at `path` differs in every element.
+
+    Found by running the few operations that lead from the variable to the value.
+    """
+
+    def known(leaf):
+        if leaf.variables == {path} and not leaf.data:
+            numbers = np.arange(1, 1 + math.prod(leaf.shape), dtype=np.float32)
+            return -jnp.asarray(numbers.reshape(leaf.shape), leaf.aval.dtype)
+        return jnp.full(leaf.shape, 0 if leaf.data else 1, leaf.aval.dtype)
+
+    result = np.asarray(_run(value, known, {}))
+    if result.ndim != len(shape):
+        return None
+    first = lambda a: np.take(result, [0], axis=a)
+    axes = tuple(a for a in range(result.ndim) if np.any(result != first(a)))
+    # A single feature lies along any axis of size 1.
+    return axes or tuple(a for a, n in enumerate(shape) if n == 1)[-1:] or None
+
+
+def _run(value, known, cache):
+    """The value, by running what made it from values that `known` gives for all else."""
+    operands = [_evaluate(o, known, cache) for o in value.operands]
+    if value.equation is None:
+        return known(value)
+    result = value.equation.primitive.bind(*operands, **value.equation.params)
+    return result[0] if value.equation.primitive.multiple_results else result
+
+
+def _evaluate(value, known, cache):
+    """The value, where `known` gives those of variables and of all that depends on inputs."""
+    if value not in cache:
+        if value.constant is not None:
+            cache[value] = value.constant
+        elif value.data or value.equation is None:
+            cache[value] = known(value)
+        else:
+            cache[value] = _run(value, known, cache)
+    return cache[value]
+
+
+def _epsilon(equations, norm, given) -> float | None:
+    """What is added to the variance before the square root; `given` where that is no constant."""
+    variance, found = {(*norm, "var")}, set()
+    for value in equations:
+        if value.name in _ROOTS and value.operands[0].variables == variance:
+            if value.operands[0].data or not _is_constant(value.operands[0], variance):
+                return given
+            zero = lambda leaf: jnp.zeros(leaf.shape, leaf.aval.dtype)
+            added = np.unique(np.asarray(_evaluate(value.operands[0], zero, {})))
+            found |= {float(str(number)) for number in added}  # 0.001, not 0.0010000000474974513
+    if len(found) != 1:
+        return given
+    (eps,) = found
+    if given is not None and not np.isclose(eps, given, rtol=1e-3, atol=0):
+        raise ValueError(
+            f"eps is {given}, but the program adds {eps} to the variance of "
+            f"{'/'.join(map(str, norm))}: leave eps out, it is read from the program"
+        )
+    return eps
+
+
+def _is_constant(value, variables):
+    """Whether the value is made of these variables and constants alone."""
+    if value.equation is None:
+        return value.constant is not None or value.variables == variables
+    return all(_is_constant(o, variables) for o in value.operands)
+
+
+def _layer(value, axes, uses):
+    """(path, out_axis) of the linear layer that alone makes this value's features along `axes`."""
+    bias: Path | None = None
+    while value.equation is not None and uses[value] == 1 and axes is not None:
+        data = [o for o in value.operands if o.data]
+        if value.name in ("conv_general_dilated", "dot_general"):
+            return _linear(value, axes, bias, uses)
+        if len(data) != 1:
+            return None
+        if value.name == "add" and bias is None:
+            (fixed,) = (o for o in value.operands if not o.data)
+            if len(fixed.variables) != 1 or uses[fixed] != 1:
+                return None
+            (bias,) = fixed.variables
+            if _varying(fixed, bias, value.shape) != axes and math.prod(fixed.shape) > 1:
+                return None
+        else:
+            axes = _axes_before(value, axes)
+        value = data[0]
     return None
 
 
-def _linear(value, norm, bias, uses, eps):
-    made_along = _out_axis(value.equation)
-    kernel = value.operands[1]
-    if made_along is None or kernel.data or len(kernel.variables) != 1:
+def _axes_before(value, axes):
+    """Where these axes of a value lie in its operand; None if it is no mere change of shape."""
+    old, params = value.operands[0].shape, value.equation.params
+    if value.name in _CASTS:
+        return axes
+    if value.name == "transpose":
+        return tuple(params["permutation"][a] for a in axes)
+    if value.name not in ("reshape", "squeeze", "broadcast_in_dim") or (
+        math.prod(old) != math.prod(value.shape)
+    ):
         return None
-    axis = made_along
+    features = value.shape[axes[0] : axes[-1] + 1]
+    before = math.prod(value.shape[: axes[0]])
+    for start in range(len(old)):
+        end = start + len(features)
+        if math.prod(old[:start]) == before and old[start:end] == features:
+            return tuple(range(start, end))
+    return None
+
+
+def _linear(value, axes, bias, uses):
+    kernel_index = 0 if value.operands[1].data else 1
+    kernel = value.operands[kernel_index]
+    if kernel.data or len(kernel.variables) != 1 or not value.operands[1 - kernel_index].data:
+        return None
+    made_along, made = _features(value, kernel_index)
+    if made != axes:
+        return None
     while kernel.equation is not None:
-        name, params = str(kernel.equation.primitive), kernel.equation.params
-        if name == "transpose":
-            axis = params["permutation"][axis]
-        elif name not in (*_CASTS, "rev"):
+        if kernel.name == "transpose":
+            permutation = kernel.equation.params["permutation"]
+            made_along = tuple(permutation[a] for a in made_along)
+        elif kernel.name not in (*_CASTS, "rev"):
+            return None
+        if uses[kernel] != 1:
             return None
         kernel = kernel.operands[0]
     (path,) = kernel.variables
+    fits = bias is None or bias == (*path[:-1], "bias")
     if (
         path[-1] != "kernel"
         or uses[kernel] != 1
-        or (bias is not None and bias != (*path[:-1], "bias"))
+        or not fits
+        or list(made_along) != sorted(made_along)
     ):
         return None
-    return Pair(path[:-1], norm, axis - len(kernel.shape), eps)
+    counted = tuple(a - len(kernel.shape) for a in made_along)
+    return path[:-1], counted[0] if len(counted) == 1 else counted
 
 
-def _out_axis(equation):
-    """Axis of the second operand along which the linear operation makes features; None if there is no single one."""
-    if str(equation.primitive) == "conv_general_dilated":
-        return (
-            equation.params["dimension_numbers"].rhs_spec[0]
-            if equation.params["batch_group_count"] == 1
-            else None
-        )
-    (_, contracted), (_, batch) = equation.params["dimension_numbers"]
-    free = [a for a in range(len(equation.invars[1].aval.shape)) if a not in (*contracted, *batch)]
-    return free[0] if len(free) == 1 else None
+def _features(value, kernel_index):
+    """(axes of the kernel that make features, axes of the output that hold them), () if mixed."""
+    params = value.equation.params
+    if value.name == "conv_general_dilated":
+        if params["batch_group_count"] != 1 or kernel_index != 1:
+            return (), ()
+        numbers = params["dimension_numbers"]
+        return (numbers.rhs_spec[0],), (numbers.out_spec[1],)
+    contracted, batch = (axes[kernel_index] for axes in params["dimension_numbers"])
+    rank = len(value.operands[kernel_index].shape)
+    free = tuple(a for a in range(rank) if a not in (*contracted, *batch))
+    if batch or not free:
+        return (), ()
+    start = 0 if kernel_index == 0 else len(value.shape) - len(free)
+    return free, tuple(range(start, start + len(free)))
 
 
 def _path(keys) -> Path:
@@ -207,7 +374,3 @@ def _path(keys) -> Path:
     names = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in keys]
     names = names[1:] if names[0] in ("params", "batch_stats") else names
     return tuple(names[:-1] if names[-1] == "value" else names)
-
-
-def _shape(var):
-    return tuple(getattr(var.aval, "shape", ()))

@@ -14,7 +14,8 @@ without them they are not guessed.
 """
 
 from jbn.health.findings import Finding, Limits, Numbers
-from jbn.health.reports import LayerReport, ModelReport, input_moments, model_report, report
+from jbn.health.inputs import input_moments
+from jbn.health.reports import LayerReport, ModelReport, model_report, report
 
 __all__ = [
     "Finding",

@@ -6,9 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen
 
-from jbn import functional
 from jbn.core import validate
 from jbn.health import checkpoints
 from jbn.health.findings import Finding, Limits, Numbers, findings
@@ -155,37 +153,6 @@ def model_report(
             for name, v in found.items()
         )
     )
-
-
-def input_moments(
-    model: linen.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
-) -> dict[str, Moments]:
-    """The moments of what each batch norm of a linen model reads in one call: `model_report`'s
-    second argument.
-
-    Args:
-        model: of jbn's or Flax's BatchNorm; not to be called under jit.
-        variables: of the model.
-        args, kwargs: of the call, such as (x, train=False). What evaluation reads is what the
-            running statistics are for.
-
-    Returns:
-        A dict from the layer's name to its moments; of a layer called several times, of all its
-        calls together.
-    """
-    found = {}
-
-    def record(call, call_args, call_kwargs, context):
-        layer = context.module
-        if isinstance(layer, linen.BatchNorm) and context.method_name == "__call__":
-            name = "/".join(layer.path)
-            m = functional.moments(call_args[0], axis=layer.axis, weights=call_kwargs.get("mask"))
-            found[name] = functional.merge_moments(found[name], m) if name in found else m
-        return call(*call_args, **call_kwargs)
-
-    with linen.intercept_methods(record):
-        model.apply(variables, *args, **kwargs)
-    return found
 
 
 def _replicas(value, stacked):

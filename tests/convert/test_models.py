@@ -16,11 +16,8 @@ from jbn.convert import models
 pytestmark = pytest.mark.third_party
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
 
-WIDTH, CLASSES, SIZE = (
-    8,
-    10,
-    32,
-)  # an eighth of the width of ResNet-18: the same 62 modules at a 64th of the work
+# An eighth of the width of ResNet-18: the same 62 modules at a 64th of the work.
+WIDTH, CLASSES, SIZE = 8, 10, 32
 
 
 class TorchBlock(torch.nn.Module):
@@ -155,7 +152,180 @@ def test_a_torch_resnet_converts_and_folds(trained):
 
 def test_other_modules_and_clashing_paths_are_errors(trained):
     embedding = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3)}
-    with pytest.raises(ValueError, match="'norm' holds"):
+    with pytest.raises(ValueError, match=r"'norm' holds .*with running statistics"):
         models.from_torch_model(embedding)
     with pytest.raises(ValueError, match="one path"):
         models.from_torch_model(trained.state_dict(), lambda prefix: ("layer",))
+
+
+def test_a_layer_alone_and_layers_in_a_model():
+    layers = {
+        "norm": (torch.nn.BatchNorm2d(4), nn.BatchNorm(use_running_average=True)),
+        "conv": (
+            torch.nn.Conv2d(4, 6, 3, padding=1, bias=False),
+            nn.Conv(6, (3, 3), use_bias=False, padding=1),
+        ),
+        "transposed": (
+            torch.nn.ConvTranspose2d(4, 6, 3, stride=2),
+            nn.ConvTranspose(6, (3, 3), (2, 2), padding="VALID", transpose_kernel=True),
+        ),
+        "group": (torch.nn.GroupNorm(2, 4), nn.GroupNorm(2, epsilon=1e-5)),
+    }
+    x = images(0, 2)[:, :6, :5]
+    x = np.concatenate([x, x[..., :1]], -1)
+    for name, (source, target) in layers.items():
+        with torch.no_grad():
+            for value in source.state_dict().values():
+                if value.dtype.is_floating_point:
+                    value.uniform_(0.1, 1)
+            expected = np.asarray(source.eval()(to_torch(x))).transpose(0, 2, 3, 1)
+        for model in (source, source.state_dict()):
+            if name == "group" and model is not source:
+                with pytest.raises(ValueError, match="with running statistics"):
+                    models.from_torch_model(model)
+                continue
+            variables = models.from_torch_model(model)
+            np.testing.assert_allclose(target.apply(variables, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_without_bias_is_told_by_the_model():
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2, bias=False))
+    with pytest.raises(ValueError, match=r"'0' holds a matrix without bias.*pass the model itself"):
+        models.from_torch_model(model.state_dict())
+    params = models.from_torch_model(model)["params"]
+    tokens = np.array([[1, 2], [3, 9]])
+    y = nn.Embed(10, 4).apply({"params": params["0"]}, tokens)
+    y = nn.Dense(2, use_bias=False).apply({"params": params["1"]}, y)
+    with torch.no_grad():
+        np.testing.assert_allclose(y, model(torch.from_numpy(tokens)), rtol=1e-5, atol=1e-6)
+
+
+class Flattening(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), padding="VALID", name="0")(x)
+        return nn.Dense(5, name="2")(x.reshape(len(x), -1))
+
+
+def test_a_dense_layer_that_reads_a_flattened_image():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 3, 5)
+    )
+    x = images(0, 2)[:, :6, :5]
+    with pytest.raises(ValueError, match="'2' reads 48 features, the layer before makes 4"):
+        models.from_torch_model(model.state_dict())
+    for source in (model, model.state_dict()):
+        variables = models.from_torch_model(source, flattened={"2": (4, 4, 3)})
+        with torch.no_grad():
+            expected = model(to_torch(x))
+        np.testing.assert_allclose(Flattening().apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+    unchanged = models.from_torch_model(model, flattened={"2": None})["params"]["2"]["kernel"]
+    np.testing.assert_array_equal(unchanged, model[2].weight.detach().numpy().T)
+    with pytest.raises(ValueError, match=r"is \(4, 4, 4\), 64 values, expected the 48"):
+        models.from_torch_model(model, flattened={"2": (4, 4, 4)})
+    with pytest.raises(ValueError, match=r"flattened names \['0'\]"):
+        models.from_torch_model(model, flattened={"0": (4, 4, 3)})
+
+
+def test_layers_that_cannot_be_converted_are_errors():
+    attention = torch.nn.Sequential(torch.nn.MultiheadAttention(4, 2))
+    with pytest.raises(TypeError, match=r"'0' is a torch.nn.*MultiheadAttention that holds"):
+        models.from_torch_model(attention)
+    with pytest.raises(ValueError, match="groups=2, expected 1"):
+        models.from_torch_model(torch.nn.ConvTranspose2d(4, 4, 3, groups=2))
+    with pytest.raises(TypeError, match="InstanceNorm2d that holds"):
+        models.from_torch_model(torch.nn.InstanceNorm2d(4, affine=True))
+    wrong = torch.nn.Conv2d(3, 4, 1).state_dict()
+    wrong["bias"] = torch.ones(5)
+    with pytest.raises(ValueError, match=r"bias of shape \(5,\), expected \(4,\)"):
+        models.from_torch_model(wrong)
+
+
+def test_paths_of_any_module_tree():
+    assert models.module_path("features.3.conv.0.1") == ("features_3", "conv_0_1")
+    assert models.module_path("trunk_output.block1.block1-0.f.a.0")[-1] == "a_0"
+    assert models.module_path("") == models.resnet_path("") == ()
+    for prefix in ("conv1", "layer1.0.conv1", "layer4.1.downsample.0", "fc"):
+        assert models.module_path(prefix) == models.resnet_path(prefix)
+
+
+def traced_pairs(model):
+    """(convolution, norm) wherever a norm alone reads a convolution, by torch's own tracer."""
+    modules, nodes = dict(model.named_modules()), torch.fx.symbolic_trace(model).graph.nodes
+    kind = lambda node: type(modules.get(node.target)) if node.op == "call_module" else None
+    return {
+        (node.args[0].target, node.target)
+        for node in nodes
+        if kind(node) is torch.nn.BatchNorm2d
+        and kind(node.args[0]) is torch.nn.Conv2d
+        and len(node.args[0].users) == 1
+    }
+
+
+FAMILIES = {
+    "resnet18": {},
+    "resnext50_32x4d": {},
+    "regnet_y_400mf": {},
+    "DenseNet": {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16},
+    "mobilenet_v2": {"width_mult": 0.35},
+    "mobilenet_v3_small": {},
+    "efficientnet_b0": {},
+    "efficientnet_v2_s": {},
+}
+
+
+def folded_in_torch(model, folded, pairs):
+    """The torch model with the folded kernels, and its norms taken out."""
+    for pair in pairs:
+        layer, norm = (model.get_submodule(".".join(path)) for path in (pair.layer, pair.norm))
+        values = folded["params"]
+        for key in pair.layer:
+            values = values[key]
+        kernel, bias = (torch.from_numpy(np.array(values[name])) for name in ("kernel", "bias"))
+        with torch.no_grad():
+            layer.weight.copy_(kernel.permute(3, 2, 0, 1))
+            layer.bias = torch.nn.Parameter(bias)
+        parent, _, name = ".".join(pair.norm).rpartition(".")
+        assert norm is getattr(model.get_submodule(parent), name)
+        setattr(model.get_submodule(parent), name, torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchvisions_families_convert_and_fold_by_name(name):
+    torchvision = pytest.importorskip("torchvision", reason="needs torchvision")
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=3, **FAMILIES[name]).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eps = 1e-3
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    split = lambda prefix: tuple(prefix.split("."))
+    pairs = models.torch_pairs(model.state_dict(), split, eps=1e-3)
+    assert {(".".join(p.layer), ".".join(p.norm)) for p in pairs} == traced_pairs(model)
+    assert len(pairs) > 5
+    for source in (model, model.state_dict()):
+        variables = models.from_torch_model(source, models.module_path)
+        count = sum(v.numel() for k, v in model.state_dict().items() if "num_batches" not in k)
+        assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == count
+    assert len(models.torch_pairs(model.state_dict(), models.module_path)) == len(pairs)
+    folded = fold.fold_variables(models.from_torch_model(model, split), pairs)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 64, 64)).astype(np.float32))
+    with torch.no_grad():
+        expected = model(x)
+        found = folded_in_torch(model, folded, pairs)(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "regnety_002"])
+def test_timms_names_where_the_modules_are_the_same(name):
+    timm = pytest.importorskip("timm", reason="needs timm: pip install timm")
+    model = timm.create_model(name, num_classes=3).eval()
+    pairs = models.torch_pairs(model.state_dict(), models.module_path)
+    norms = [p for p, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if "densenet" in name:  # whose other norms read a concatenation
+        norms = [p for p in norms if p.endswith((".norm0", ".norm2"))]
+    assert len(pairs) == len(norms)
+    models.from_torch_model(model, models.module_path)

@@ -1,4 +1,4 @@
-"""Folding against layer-then-norm in float64, for every layout; pair discovery on models with traps."""
+"""Folding against layer-then-norm in float64, for every layout; pairs of models with traps."""
 
 import functools
 
@@ -161,16 +161,147 @@ def test_into_the_following_dense_layer():
     close(x @ folded + bias[None], normalized(x, params, state, 1) @ np.asarray(kernel))
 
 
+EXACT = ["VALID", "valid", 0, (0, 0), [(0, 0), (0, 0)], [(-1, 0), (0, -1)], [0, (0, -1)], (-1, -1)]
+PADDED = [
+    *("SAME", "SAME_LOWER", "CAUSAL", "same", 1, (1, 0), (0, 1), [(1, 1), (0, 0)]),
+    *([(1, -1), (0, 0)], [(0, 0), (-1, 1)], [(0, 1), 0], np.int64(2)),
+]
+
+
+def lax_padding(padding):
+    """What lax takes, of what Flax takes."""
+    if isinstance(padding, str):
+        return padding.upper()
+    pairs = [padding] * 2 if isinstance(padding, int) else padding
+    return [(pair, pair) if isinstance(pair, int) else pair for pair in pairs]
+
+
+@pytest.mark.parametrize("padding", EXACT, ids=str)
+@pytest.mark.parametrize("strides", [1, 2])
+def test_padding_that_adds_nothing(padding, strides):
+    x, kernel, (params, state) = draw(2, 7, 7, 4), draw(3, 2, 4, 5, seed=2), norm_of(4)
+    layer = lambda x, kernel: HIGHEST(
+        x, kernel, [strides] * 2, lax_padding(padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    folded, bias = fold.fold_next(
+        params, state, kernel, None, padding=padding, strides=strides, transposed=False
+    )
+    before = jnp.asarray(normalized(x, params, state, 3), jnp.float32)
+    close(layer(x, folded) + bias.reshape(1, 1, 1, 5), layer(before, kernel))
+
+
+@pytest.mark.parametrize("padding", PADDED, ids=str)
+def test_padding_that_adds_zeros_is_refused(padding):
+    with pytest.raises(ValueError, match="padding is"):
+        fold.fold_next(*norm_of(4), draw(3, 3, 4, 5), None, padding=padding)
+
+
+@pytest.mark.parametrize("padding", ["CIRCULAR", "SAME"])
+def test_padding_with_values_of_the_norm_and_windows_of_one(padding):
+    window = (3, 3) if padding == "CIRCULAR" else (1, 1)
+    layer = nn.Conv(5, window, padding=padding, precision=lax.Precision.HIGHEST)
+    x, (params, state) = draw(2, 6, 6, 4), norm_of(4)
+    variables = layer.init(jax.random.key(0), x)["params"]
+    kernel, bias = fold.fold_next(params, state, *variables.values(), padding=padding)
+    before = jnp.asarray(normalized(x, params, state, 3), jnp.float32)
+    expected = layer.apply({"params": variables}, before)
+    close(layer.apply({"params": {"kernel": kernel, "bias": bias}}, x), expected)
+
+
+def test_zeros_between_the_values_of_the_norm_are_refused():
+    wide, point = draw(3, 3, 4, 5), draw(1, 1, 4, 5)
+    refused = functools.partial(fold.fold_next, *norm_of(4), bias=None, padding="VALID")
+    for kernel in (wide, point):
+        with pytest.raises(ValueError, match="input_dilation is"):
+            refused(kernel, input_dilation=(2, 1))
+        with pytest.raises(ValueError, match="transposed convolution"):
+            refused(kernel, transposed=True, strides=2)
+    with pytest.raises(ValueError, match="transposed convolution"):
+        refused(wide, transposed=True)
+    assert refused(point, transposed=True)[0].shape == point.shape
+
+
+@pytest.mark.parametrize(
+    ("padding", "error"), [("FULL", ValueError), (None, TypeError), ([0.5], TypeError)]
+)
+def test_padding_of_no_known_form(padding, error):
+    with pytest.raises(error, match="padding is"):
+        fold.fold_next(*norm_of(4), draw(3, 3, 4, 5), None, padding=padding)
+
+
+def both_ways(params, state, kernel=None, bias=None, **options):
+    """fold_previous and fold_next with the same arguments."""
+    kernel = draw(4, 4) if kernel is None else kernel
+    yield lambda: fold.fold_previous(kernel, bias, params, state, **options)
+    yield lambda: fold.fold_next(params, state, kernel, bias, padding="VALID", **options)
+
+
+BAD = [  # (what is replaced, error, message)
+    ({"var": jnp.array([1, -0.5, 1, 1.0])}, ValueError, r"var is -0\.5 for feature 1 \(1 such"),
+    ({"var": jnp.array([1, 1, jnp.nan, 1])}, ValueError, "var is nan for feature 2"),
+    ({"var": jnp.ones(3)}, ValueError, r"var has shape \(3,\), expected that of mean"),
+    ({"scale": jnp.ones(3)}, ValueError, r"params\.scale has shape \(3,\)"),
+    ({"norm_bias": jnp.ones((4, 1))}, ValueError, r"params\.bias has shape \(4, 1\)"),
+    ({"mean": jnp.ones(4, jnp.int32)}, TypeError, "mean is of int32"),
+    ({"kernel": jnp.ones((4, 4), jnp.int8)}, TypeError, "kernel is of int8"),
+    ({"kernel": 3.0}, TypeError, "kernel is of float, expected a floating or complex array"),
+    ({"bias": jnp.ones(4, bool)}, TypeError, "bias is of bool"),
+    ({"bias": jnp.ones(1)}, ValueError, r"bias has shape \(1,\), expected \(4,\)"),
+    ({"bias": jnp.ones((1, 4))}, ValueError, r"bias has shape \(1, 4\), expected \(4,\)"),
+    ({"eps": -1e-5}, ValueError, "eps is -1e-05"),
+    ({"eps": float("nan")}, ValueError, "eps is nan"),
+    ({"out_axis": 2}, ValueError, "axis 2 is out of range"),
+]
+
+
+@pytest.mark.parametrize(("replaced", "error", "message"), BAD)
+def test_wrong_arguments_are_named(replaced, error, message):
+    params, state = norm_of(4)
+    named = {**params._asdict(), **state._asdict(), **replaced}
+    params = jbn.Params(named["scale"], replaced.get("norm_bias", params.bias))
+    state = state._replace(mean=named["mean"], var=named["var"])
+    options = {k: v for k, v in replaced.items() if k in ("kernel", "eps", "out_axis")}
+    options["bias"] = replaced.get("bias")
+    for call in both_ways(params, state, **options):
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_features_that_do_not_fit():
     params, state = norm_of(4)
     with pytest.raises(ValueError, match=r"features \(3,\)"):
         fold.fold_previous(draw(2, 3), None, params, state)
     with pytest.raises(ValueError, match="reads 2 features"):
         fold.fold_next(params, state, draw(2, 3), None, padding="VALID")
+    with pytest.raises(TypeError, match=r"got a dict .*expected a jbn\.Params"):
+        fold.fold_previous(draw(2, 4), None, {}, state)
+
+
+@pytest.mark.third_party
+def test_complex_kernels_keep_their_imaginary_part():
+    x, (params, state) = draw(5, 6) + 1j * draw(5, 6, seed=9), norm_of(3)
+    kernel = draw(6, 3, seed=2) + 1j * draw(6, 3, seed=3)
+    folded, bias = fold.fold_previous(kernel, None, params, state)
+    y = np.asarray(x, np.complex128) @ np.asarray(kernel)
+    gain = np.asarray(params.scale) / np.sqrt(np.asarray(state.var) + 1e-5)
+    expected = (y - np.asarray(state.mean)) * gain + np.asarray(params.bias)
+    np.testing.assert_allclose(x @ folded + bias[None], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="kernel has dtype float32, expected a complex one"):
+        fold.fold_previous(kernel.real, None, params, state._replace(mean=state.mean + 1j))
+
+
+@pytest.mark.third_party
+def test_what_is_left_of_a_norm_adds_the_residual_in_the_dtype_of_x():
+    left = fold.FoldedNorm(use_running_average=True, activation=jax.nn.relu)
+    x = jnp.asarray([-1.0, 2.0], jnp.bfloat16)
+    y = left(x, residual=jnp.asarray([0.5, 0.001], jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y, np.float32), [0, 2])
+    assert isinstance(left, nnx.Module)
 
 
 class Traps(nn.Module):
-    """Foldable: Conv_0, Conv_1, ConvTranspose_0, Dense_0. Each other norm has a reason not to be."""
+    """Foldable: Conv_0, Conv_1, ConvTranspose_0, Dense_0. No other norm is."""
 
     norm: type = jbn.linen.BatchNorm
     use_bias: bool = False
@@ -240,7 +371,7 @@ def test_a_fully_folded_model_has_no_statistics():
 
 
 class NnxModel(nnx.Module):
-    """A bias, a list, a fused activation with a residual, and (last) a norm that cannot be folded."""
+    """A bias, a list, a fused activation with a residual; the last norm cannot be folded."""
 
     def __init__(self, rngs):
         norm = functools.partial(jbn.nnx.BatchNorm, use_running_average=True, rngs=rngs)
@@ -301,3 +432,10 @@ def test_a_certificate_sees_nan_and_demands_inputs():
         fold.certify(lambda x: x, lambda x: x, [])
     with pytest.raises(ValueError, match="outputs of shape"):
         fold.certify(lambda x: x, lambda x: x[:1], [np.ones(2)])
+
+
+def test_a_certificate_sees_imaginary_parts():
+    certificate = fold.certify(lambda x: x, lambda x: x + 3j, [np.ones(2) + 4j])
+    assert certificate.max_error == 3
+    assert certificate.max_output == np.abs(1 + 4j)
+    assert fold.certify(lambda x: x, lambda x: x + 2j, [np.ones(2)]).max_error == 2

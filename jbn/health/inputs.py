@@ -1,0 +1,286 @@
+"""The moments of what each batch norm of a Flax model reads, under any transform that Flax lifts.
+
+While the model runs, each norm holds one more variable in the collection of its running statistics
+(`batch_stats`, `BatchStat`): the moments of what it has read so far. Every lifted transform (scan,
+vmap, remat, jit, ...) carries that collection in and out, stacked or shared as the model says, so
+the moments travel with it. `input_moments` and `jbn.recalibrate` both read them here.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import core, errors, linen, nnx
+from jax import Array, lax
+
+from jbn import functional
+from jbn.core import flax_common, validate
+from jbn.kernels.seam import accumulator
+from jbn.types import Moments
+
+Path = tuple[Any, ...]
+_COLLECTION = "batch_stats"
+_VARIABLE = "input_moments"
+# Paths of the nnx norms that were called while their model was being traced.
+_CALLED: contextvars.ContextVar[set[Path]] = contextvars.ContextVar("called")
+
+
+def input_moments(
+    model: linen.Module | nnx.Module, *args: Any, **kwargs: Any
+) -> dict[str, Moments]:
+    """The moments of what each batch norm reads in one call: `model_report`'s second argument.
+
+    Args:
+        model: a linen or nnx model of jbn's or Flax's BatchNorm.
+        args, kwargs: what runs it: (variables, x, train=False) for `model.apply` of a linen model,
+            (x,) for an nnx model, which stays as it is. What evaluation reads is what the running
+            statistics are for.
+
+    Returns:
+        A dict from the layer's name to its moments, each of the shape of its running mean (stacked
+        where the layer is), float32 or float64; the mean is complex for complex x. A layer that is
+        called several times has the moments of all its calls together. A layer that reads nothing
+        is left out.
+
+    Raises:
+        TypeError: neither a linen nor an nnx model.
+        ValueError: no batch norm was called, or one where its variables cannot change.
+    """
+    if isinstance(model, nnx.Module):
+        found = collect_nnx(lambda copy: copy(*args, **kwargs), nnx.clone(model))
+    elif isinstance(model, linen.Module):
+        found = collect_linen(lambda: model.apply(*args, **kwargs))
+    else:
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a flax.linen or flax.nnx module"
+        )
+    return {"/".join(map(str, path)) or "layer": m for path, m in found.items() if _is_read(m)}
+
+
+def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
+    """The moments of each norm that `run` calls, by the layer's path in batch_stats.
+
+    Raises:
+        ValueError: `run` called no norm, or one where its variables cannot change.
+    """
+
+    def watch(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, linen.BatchNorm) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        before = module.get_variable(_COLLECTION, _VARIABLE)
+        y = call(*args, **kwargs)
+        # Where __call__ runs another __call__ of the same layer (of a base class, or inside a
+        # lifted transform), that one has recorded what it read.
+        if before is not None and module.get_variable(_COLLECTION, _VARIABLE) is before:
+            if not module.is_mutable_collection(_COLLECTION):
+                raise ValueError(_lost("/".join(module.path)))
+            x, mask = _read_arguments(type(module).__call__, module, args, kwargs)
+            module.put_variable(_COLLECTION, _VARIABLE, _record(before, module, x, mask))
+        return y
+
+    found: dict[Path, Moments] = {}
+    with _linen_scopes() as scopes, linen.intercept_methods(watch):
+        run()
+    for scope, nothing in scopes:
+        for path, norm in linen_norms(scope.variables()[_COLLECTION]).items():
+            m = norm[_VARIABLE]
+            if m is not nothing[path]:
+                found[path] = merge(found[path], m) if path in found else m
+    return _some(found)
+
+
+@contextlib.contextmanager
+def _linen_scopes():
+    """Give each norm its variable of moments wherever a model meets its variables, and list these.
+
+    The model may be run without mutable=["batch_stats"], and Flax intercepts no method of a class
+    that nn.remat or the like has made. What every `apply` and `bind` calls is `flax.core.bind`.
+    """
+    scopes, thread, original = [], threading.get_ident(), core.scope.bind
+
+    def bind(variables, rngs=None, mutable=False, flags=None):
+        if threading.get_ident() != thread or not variables.get(_COLLECTION):
+            return original(variables, rngs, mutable, flags)
+        mutable = core.scope.union_filters(mutable, _COLLECTION)
+        statistics = core.unfreeze(variables[_COLLECTION])
+        norms = linen_norms(statistics)
+        nothing = {path: empty(norm["mean"]) for path, norm in norms.items()}
+        for path, norm in norms.items():
+            norm[_VARIABLE] = nothing[path]
+        scope = original({**variables, _COLLECTION: statistics}, rngs, mutable, flags)
+        scopes.append((scope, nothing))
+        return scope
+
+    core.scope.bind = core.bind = bind
+    try:
+        yield scopes
+    finally:
+        core.scope.bind = core.bind = original
+
+
+def collect_nnx(run: Callable[[nnx.Module], Any], copy: nnx.Module) -> dict[Path, Moments]:
+    """The moments of each norm that `run(copy)` calls, by its path in the model.
+
+    Args:
+        run: function that runs the model.
+        copy: of the model; its norms are changed.
+
+    Raises:
+        ValueError: `run` called no norm, or one where its variables cannot change.
+    """
+    norms = nnx_norms(copy)
+    nothing = {path: empty(norm.mean[...]) for path, norm in norms.items()}
+    for path, norm in norms.items():
+        object.__setattr__(norm, "__class__", _recording(type(norm)))
+        setattr(norm, _VARIABLE, type(norm.mean)(nothing[path]))
+        norm.input_path = path
+    called: set[Path] = set()
+    token = _CALLED.set(called)
+    try:
+        run(copy)
+    finally:
+        _CALLED.reset(token)
+    found = {path: getattr(norm, _VARIABLE).get_value() for path, norm in norms.items()}
+    found = {path: m for path, m in found.items() if m.mean is not nothing[path].mean}
+    for path in sorted(called - set(found), key=str):
+        raise ValueError(_lost("/".join(map(str, path))))
+    return _some(found)
+
+
+def nnx_norms(model: nnx.Module) -> dict[Path, nnx.BatchNorm]:
+    """Every batch norm of a model, wherever it is held, by its path."""
+    return {
+        path: module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }
+
+
+def linen_norms(batch_stats: Mapping[str, Any], path: Path = ()) -> dict[Path, Mapping[str, Any]]:
+    """Every dict of batch_stats that holds a mean and a var, by its path."""
+    if {"mean", "var"} <= set(batch_stats) and hasattr(batch_stats["mean"], "dtype"):
+        return {path: batch_stats}
+    return {
+        at: norm
+        for key, below in batch_stats.items()
+        if isinstance(below, Mapping)
+        for at, norm in linen_norms(below, (*path, key)).items()
+    }
+
+
+@functools.cache
+def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """A subclass of a norm's class that records what the library's batch norm in it reads."""
+    library = next(c for c in kind.__mro__ if c.__module__.split(".")[0] in ("flax", "jbn"))
+
+    class Recording(library):
+        def __call__(self, *args, **kwargs):
+            y = super().__call__(*args, **kwargs)
+            x, mask = _read_arguments(library.__call__, self, args, kwargs)
+            moments = getattr(self, _VARIABLE)
+            _CALLED.get().add(self.input_path)
+            try:
+                moments.set_value(_record(moments.get_value(), self, x, mask))
+            except errors.TraceContextError as error:
+                raise ValueError(_lost("/".join(map(str, self.input_path)))) from error
+            return y
+
+    # A subclass of the user's keeps its own __call__; its super().__call__ is the recording one.
+    return Recording if kind is library else type(kind.__name__, (kind, Recording), {})
+
+
+def _read_arguments(function, layer, args, kwargs):
+    """The x and mask of a call, by position or by name."""
+    given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
+    _, x = list(given.values())[:2]
+    return given.get("x", x), given.get("mask")
+
+
+def _record(total, norm, x, mask):
+    """The moments read so far with those of one call, which reads x and mask as the norm does."""
+    x = jnp.asarray(x)
+    if not x.size:
+        return total
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    axis = flax_common.feature_axes(norm.axis, x.ndim)
+    weights = None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x)
+    if not axis:  # the whole array is one feature
+        axis, x, weights = -1, x[..., None], None if weights is None else weights[..., None]
+    moments = functools.partial(functional.moments, axis=axis, weights=weights)
+    m = moments(x.real)
+    if jnp.iscomplexobj(x):
+        imaginary = moments(x.imag)
+        m = Moments(m.count, lax.complex(m.mean, imaginary.mean), m.m2 + imaginary.m2)
+    return _add(total, jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """`jbn.merge_moments`, for complex means too."""
+    if not (jnp.iscomplexobj(a.mean) or jnp.iscomplexobj(b.mean)):
+        return functional.merge_moments(a, b)
+    return _pool(jax.tree.map(lambda v, w: jnp.stack(jnp.broadcast_arrays(v, w)), a, b))
+
+
+def _pool(m):
+    """The moments of the union over the leading axis; the mean may be complex."""
+    count = m.count.sum(0)
+    mean = m.mean[0] + (m.count * (m.mean - m.mean[0])).sum(0) / jnp.where(count > 0, count, 1)
+    return Moments(count, mean, (m.m2 + m.count * jnp.square(jnp.abs(m.mean - mean))).sum(0))
+
+
+@jax.custom_batching.custom_vmap
+def _add(total, m):
+    """`merge`. Where vmap maps what a shared layer reads, the layer has the moments of it all."""
+    return merge(total, m)
+
+
+@_add.def_vmap
+def _add_mapped(axis_size, in_batched, total, m):
+    every = lambda tree, mapped: jax.tree.map(
+        lambda v, is_mapped: v if is_mapped else jnp.broadcast_to(v, (axis_size, *v.shape)),
+        tree,
+        mapped,
+    )
+    total_mapped, m_mapped = in_batched
+    m = every(m, m_mapped)
+    if any(jax.tree.leaves(total_mapped)):
+        merged, is_mapped = _add(every(total, total_mapped), m), True
+    else:
+        merged, is_mapped = _add(total, _pool(m)), False
+    return merged, jax.tree.map(lambda _: is_mapped, merged)
+
+
+def empty(mean: Array) -> Moments:
+    """Moments of nothing, one value per value of the running mean (stacked where it is)."""
+    zeros = jnp.zeros(mean.shape, accumulator(mean.real.dtype))
+    return Moments(zeros, jnp.zeros(mean.shape, jnp.promote_types(zeros.dtype, mean.dtype)), zeros)
+
+
+def _lost(name):
+    return (
+        f"the batch norm {name!r} ran where its variables cannot change, so what it read is lost: "
+        "use the transforms of nn or nnx there instead of jax's, and let them carry or stack the "
+        "running statistics (not broadcast them in a scan)"
+    )
+
+
+def _some(found):
+    if not found:
+        raise ValueError(
+            "no batch norm was called, expected at least one whose running statistics are among "
+            "the model's variables: run the model itself, not a function that jax.jit compiled"
+        )
+    return found
+
+
+def _is_read(m):
+    """Whether a layer counted anything; under jit that is not known, and taken for granted."""
+    return isinstance(m.count, jax.core.Tracer) or bool(np.any(m.count > 0))
