@@ -25,6 +25,7 @@ from flax import linen, nnx
 from jax import Array
 
 from jbn import functional
+from jbn import linen as jbn_linen
 from jbn.core import flax_common, stats
 from jbn.types import Moments, State
 
@@ -145,7 +146,7 @@ def recalibrate_linen(
                 _record(found, context.module.path, context.module, *args, **kwargs)
             return call(*args, **kwargs)
 
-        with linen.intercept_methods(watch):
+        with jbn_linen.intercept_methods(watch):
             apply({**variables, "batch_stats": _nested(variables["batch_stats"], states)}, batch)
         return found
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen
 
 from jbn import functional
+from jbn import linen as jbn_linen
 from jbn.core import validate
 from jbn.health import checkpoints
 from jbn.health.findings import Finding, Limits, Numbers, findings
@@ -183,7 +184,7 @@ def input_moments(
             found[name] = functional.merge_moments(found[name], m) if name in found else m
         return call(*call_args, **call_kwargs)
 
-    with linen.intercept_methods(record):
+    with jbn_linen.intercept_methods(record):
         model.apply(variables, *args, **kwargs)
     return found
 
