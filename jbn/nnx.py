@@ -138,8 +138,8 @@ class BatchNorm(nnx.BatchNorm):
             first_from(
                 use_running_average,
                 self.use_running_average,
-                error_msg="use_running_average is None, expected a bool: give it to the constructor "
-                "or to the call, or set it by train(), eval() or "
+                error_msg="use_running_average is None, expected a bool: give it to the "
+                "constructor or to the call, or set it by train(), eval() or "
                 "nnx.view(model, use_running_average=...)",
             )
         )
@@ -168,7 +168,10 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
     def _promote(self, x, state):
-        """What promote_dtype makes of x and the parameters, and flax's dtype of y; explicit, so allowed in strict promotion."""
+        """What promote_dtype makes of x and the parameters, and flax's dtype of y.
+
+        Promotion is meant here, and so allowed where JAX is told to be strict.
+        """
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         with jax.numpy_dtype_promotion("standard"):
             promoted, _, _, scale, bias = self.promote_dtype(
@@ -292,7 +295,7 @@ def replace(
         if own is None or not (type(norm) is nnx.BatchNorm or hasattr(norm, "replaced")):
             continue
         if type(norm) is nnx.BatchNorm:
-            norm.__class__ = BatchNorm  # the object stays, and with it every reference to it
+            _turn(norm, BatchNorm)
             norm.replaced = ()
             own = {**_NEW, **own}
         norm.replaced += tuple(
@@ -313,7 +316,7 @@ def replace(
 
 
 def restore(model: Model) -> Model:
-    """The same model, every norm that `replace` turned into jbn's turned back into flax's, in place.
+    """The same model, every norm that `replace` made jbn's turned back into flax's, in place.
 
     Args:
         model: what `replace` was given.
@@ -327,20 +330,25 @@ def restore(model: Model) -> Model:
                 setattr(norm, key, value)
             for key in (*_NEW, "replaced"):
                 delattr(norm, key)
-            norm.__class__ = nnx.BatchNorm
+            _turn(norm, nnx.BatchNorm)
     return model
+
+
+def _turn(norm, kind):
+    """Change the class of an object, which keeps every reference to it."""
+    object.__setattr__(norm, "__class__", kind)  # nnx would record it as an attribute
 
 
 # The options that flax's layer does not have, with their defaults.
 _NEW = {
     key: parameter.default
-    for key, parameter in inspect.signature(BatchNorm).parameters.items()
-    if key not in inspect.signature(nnx.BatchNorm).parameters
+    for key, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
+    if key not in inspect.signature(nnx.BatchNorm.__init__).parameters
 }
 
 
 def _store(variable, value):
-    """As in flax no gradient flows into the stored statistics. The mean of complex x needs another dtype."""
+    """Store statistics without gradients, as flax does. The mean of complex x has another dtype."""
     value = lax.stop_gradient(value)
     if value.dtype == variable.dtype:
         variable[...] = value

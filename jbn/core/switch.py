@@ -1,4 +1,7 @@
-"""Which options each norm of a switched model gets: what `jbn.linen.replacing` and `jbn.nnx.replace` share."""
+"""Which options each norm of a switched model gets.
+
+`jbn.linen.replacing` and `jbn.nnx.replace` share this; how a norm is replaced, each of them knows.
+"""
 
 import dataclasses
 import fnmatch
@@ -36,7 +39,7 @@ class Switch:
     by_path: tuple[tuple[str, tuple[tuple[str, Hashable], ...] | None], ...]
 
     def at(self, path: Iterable[Hashable]) -> dict[str, Any] | None:
-        """The options of the norm at `path`, later patterns over earlier ones; None leaves it alone."""
+        """The options of the norm at `path`, later patterns first; None leaves the norm alone."""
         merged: dict[str, Any] | None = dict(self.everywhere)
         for pattern, own in self.by_path:
             if fnmatch.fnmatchcase(name(path), pattern):
@@ -63,8 +66,8 @@ def left_alone(layers: Mapping[Iterable[Hashable], Any]) -> str:
     """The warning about layers, by path, whose own code a switch could break."""
     which = ", ".join(f"{name(path)} ({type(layer).__name__})" for path, layer in layers.items())
     return (
-        f"left alone: {which}. A subclass of flax's BatchNorm may compute something else; derive it "
-        "from jbn's BatchNorm to switch it"
+        f"left alone: {which}. A subclass of flax's BatchNorm may compute something else; derive "
+        "it from jbn's BatchNorm to switch it"
     )
 
 
@@ -101,8 +104,8 @@ def _checked(options):
             hash(value)
         except TypeError as error:
             raise TypeError(
-                f"{key} is {value!r}, which is not hashable, expected a Python value: jit's caches are "
-                "keyed by the options"
+                f"{key} is {value!r}, which is not hashable, expected a Python value: the options "
+                "are part of the key of jit's caches"
             ) from error
     return frozen
 
