@@ -50,7 +50,7 @@ def nnx_program(model, x, switched):
     graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
     def apply(params, stats, x, train):
-        copy = nnx.merge(graph, params, stats)
+        copy = nnx.merge(graph, params, stats, copy=True)
         copy.train() if train else copy.eval()
         return copy(x), nnx.state(copy, nnx.BatchStat)
 
@@ -164,6 +164,7 @@ def main(arguments=None):
     for name, make, model in (progress := tqdm(jobs)):
         progress.set_description(name)
         rows[name] = compare(make, model, x.astype(np.float32), steps=arguments.steps)
+        tqdm.write(table({name: rows[name]}).splitlines()[-1])
     print("relative error of flax / of jbn; times are jbn's over flax's\n")
     print(table(rows))
     if arguments.out:

@@ -288,28 +288,16 @@ def replace(
             pattern that is no norm's. Nothing has been changed then.
     """
     choice = switch.switch(options, by_path)
-    norms = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+    norms = _norms(model)
     choice.check_patterns(norms)
+    others = {}
     for path, norm in norms.items():
         own = choice.at(path)
-        if own is None or not (type(norm) is nnx.BatchNorm or hasattr(norm, "replaced")):
-            continue
-        if type(norm) is nnx.BatchNorm:
-            _turn(norm, BatchNorm)
-            norm.replaced = ()
-            own = {**_NEW, **own}
-        norm.replaced += tuple(
-            (key, getattr(norm, key))
-            for key in own
-            if key not in _NEW and key not in dict(norm.replaced)
-        )
-        for key, value in own.items():
-            setattr(norm, key, value)
-    others = {
-        path: norm
-        for path, norm in norms.items()
-        if not isinstance(norm, BatchNorm) and type(norm) is not nnx.BatchNorm
-    }
+        if type(norm) is nnx.BatchNorm or hasattr(norm, "replaced"):
+            if own is not None:
+                _give(norm, own)
+        elif not isinstance(norm, BatchNorm):
+            others[path] = norm
     if others:
         warnings.warn(switch.left_alone(others), stacklevel=2)
     return model
@@ -324,14 +312,31 @@ def restore(model: Model) -> Model:
     Returns:
         model: with flax's layers, their options as they were, the Variables as training left them.
     """
-    for _, norm in nnx.iter_modules(model):
-        if isinstance(norm, BatchNorm) and hasattr(norm, "replaced"):
+    for norm in _norms(model).values():
+        if hasattr(norm, "replaced"):
             for key, value in norm.replaced:
                 setattr(norm, key, value)
             for key in (*_NEW, "replaced"):
                 delattr(norm, key)
             _turn(norm, nnx.BatchNorm)
     return model
+
+
+def _norms(model: Any) -> dict[Any, Any]:
+    """Every batch norm in a model, subclasses too, by path."""
+    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+
+
+def _give(norm: Any, options: dict[str, Any]) -> None:
+    """Make a norm jbn's if it is flax's, and give it options; `replaced` keeps what flax's had."""
+    kept = dict(getattr(norm, "replaced", ()))
+    if type(norm) is nnx.BatchNorm:
+        _turn(norm, BatchNorm)
+        options = {**_NEW, **options}
+    now = {key: getattr(norm, key) for key in options if key not in _NEW}
+    norm.replaced = tuple({**now, **kept}.items())  # hashable, as what nnx keeps aside must be
+    for key, value in options.items():
+        setattr(norm, key, value)
 
 
 def _turn(norm, kind):

@@ -391,3 +391,26 @@ def test_what_the_tools_record_inside_the_context():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, found, expected)
     jax.tree.map(close, inside, plain)
+
+
+def test_a_model_from_pypi():
+    """jax-resnet 0.0.4, which evaluates where nothing is mutable."""
+    jax_resnet = pytest.importorskip("jax_resnet", reason="needs jax-resnet: pip install it")
+    model = jax_resnet.ResNet18(n_classes=10)
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x)
+    train = jax.jit(lambda v, x: run(model, v, x))
+    expected, evaluated = train(variables, x), model.apply(variables, x)
+    calls = []
+
+    def count(call, args, kwargs, context):
+        calls.append(isinstance(context.module, nn.BatchNorm))
+        return call(*args, **kwargs)
+
+    with jbn.linen.replacing(), jbn.linen.intercept_methods(count):
+        got = train(variables, x)
+        # float32 rounding of other sums, through 18 layers
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        jax.tree.map(close, got, expected)
+        close(model.apply(variables, x), evaluated)
+    assert sum(calls) == 2 * 20

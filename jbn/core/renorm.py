@@ -41,10 +41,8 @@ def limits_at(layer: Any, steps: Array | None, r_max: Any, d_max: Any) -> dict[s
     Raises:
         ValueError: a limit out of range, at whatever step it would come into force.
     """
-    own = {
-        key: limit(steps) if callable(limit) else limit
-        for key, limit in (("r_max", layer.r_max), ("d_max", layer.d_max))
-    }
+    own: dict[str, Any] = {"r_max": layer.r_max, "d_max": layer.d_max}
+    own = {key: limit(steps) if callable(limit) else limit for key, limit in own.items()}
     validate.limits(**own)
     if layer.warmup_steps is not None:
         warm = jnp.asarray(steps) < layer.warmup_steps

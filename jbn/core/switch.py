@@ -62,7 +62,7 @@ def name(path: Iterable[Hashable]) -> str:
     return "/".join(map(str, path))
 
 
-def left_alone(layers: Mapping[Iterable[Hashable], Any]) -> str:
+def left_alone(layers: Mapping[Any, Any]) -> str:
     """The warning about layers, by path, whose own code a switch could break."""
     which = ", ".join(f"{name(path)} ({type(layer).__name__})" for path, layer in layers.items())
     return (
