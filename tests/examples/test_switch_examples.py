@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jbn.health
 import jbn.nnx
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
@@ -105,6 +106,7 @@ def test_the_pendulum_is_gymnasiums(example):
     np.testing.assert_allclose(reward, -(angle**2 + 0.1 * speed**2 + 0.001 * 4), rtol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(jbn.health, "Monitor"), reason="needs jbn.health.Monitor")
 def test_whole_life(example, tmp_path, capsys):
     example("whole_life").main(["--steps", "2", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
