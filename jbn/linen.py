@@ -1,13 +1,18 @@
 """A drop-in `flax.linen.BatchNorm`: change the import and nothing else."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jbn.core import flax_common
+from jbn.core import flax_common, renorm, switch
 from jbn.types import Params, State
 
 
@@ -89,20 +94,28 @@ class BatchRenorm(BatchNorm):
     """Batch renormalization: `BatchNorm` whose training output is corrected toward the running
     statistics.
 
-    Same variables and attributes (there are no virtual batches). Small batches gain from it; so do
-    dependent ones, as in reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for
-    bit.
+    The attributes are those of `BatchNorm` (virtual batches are refused), and so are the variables,
+    with one more where a schedule asks for it:
+
+        batch_stats/steps: int32 scalar, updates so far; only with warmup_steps or a function
+
+    Small batches gain from it; so do dependent ones, as in reinforcement learning. r_max=1, d_max=0
+    makes it `BatchNorm`, bit for bit.
 
     Attributes:
-        r_max: limit of the correction of the standard deviation, >= 1.
-        d_max: limit of the correction of the mean, in running standard deviations, >= 0.
+        r_max: limit of the correction of the standard deviation, >= 1: a number, or a function of
+            `steps` such as the paper's optax.linear_schedule(1, 3, 35_000, 5_000).
+        d_max: limit of the correction of the mean, in running standard deviations, >= 0: likewise,
+            such as the paper's optax.linear_schedule(0, 5, 20_000, 5_000).
+        warmup_steps: updates during which the layer is plain batch norm, whatever r_max and d_max
+            are; None for none. CrossQ's layer has 100_000.
 
-    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values
-        to the call.
+    Reference: Ioffe 2017; Bhatt et al. 2024 (CrossQ).
     """
 
     r_max: Any = 3.0
     d_max: Any = 5.0
+    warmup_steps: int | None = None
 
     @nn.compact
     def __call__(
@@ -119,16 +132,112 @@ class BatchRenorm(BatchNorm):
 
         Args:
             x, use_running_average, mask, residual: as in `BatchNorm`.
-            r_max, d_max: in place of the attributes; may be traced.
+            r_max, d_max: in place of the attributes, during warmup_steps too; may be traced.
         """
-        limits = {
-            "r_max": self.r_max if r_max is None else r_max,
-            "d_max": self.d_max if d_max is None else d_max,
-        }
-        return _call(self, x, use_running_average, mask=mask, residual=residual, limits=limits)
+        evaluating = not self.is_initializing() and nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        steps = None
+        if renorm.counts(self) and not evaluating:
+            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        limits = renorm.CLOSED
+        if not evaluating:
+            limits = renorm.limits_at(self, None if steps is None else steps.value, r_max, d_max)
+        return _call(
+            self, x, use_running_average, mask=mask, residual=residual, limits=limits, steps=steps
+        )
 
 
-def _call(layer, x, use_running_average, *, mask, residual, limits=None):
+@contextlib.contextmanager
+def replacing(
+    *, by_path: Mapping[str, Mapping[str, Any] | None] | None = None, **options: Any
+) -> Iterator[None]:
+    """A context, or a decorator, in which every `flax.linen.BatchNorm` computes as jbn's.
+
+        with jbn.linen.replacing(skip_nonfinite=True):
+            variables = model.init(key, x, train=False)
+            y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    The model is somebody else's, and stays as it is; so do its variables, their names and paths.
+    Lifted transforms (nn.scan, nn.vmap, nn.remat, nn.jit) and nn.share_scope make no difference.
+    Outside the context the same model computes by flax again: jax.jit traces a function anew where
+    it is called inside and outside, or under other options. A thread starts outside, and of nested
+    contexts the innermost alone decides.
+
+    Subclasses of flax's layer are left alone, with a warning that names them; jbn's own layers are
+    left alone without one. An interceptor of `flax.linen.intercept_methods` that is entered inside
+    does not see the replaced layers; `jbn.linen.intercept_methods` does.
+
+    Args:
+        by_path: options of some norms only, over the others: patterns of paths, as of
+            fnmatch, such as {"head/*": {"unbiased": True}, "stem/BatchNorm_0": None}. Later
+            patterns go before earlier ones; None leaves a norm to flax.
+        options: of jbn's BatchNorm, in place of the layer's own: momentum, epsilon, dtype,
+            axis_name, axis_index_groups, activation, virtual_batch_size, unbiased, skip_nonfinite,
+            update_stats, implementation.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist, or that would change variables.
+    """
+    with _entered(switch.switch(options, by_path)):
+        yield
+
+
+@contextlib.contextmanager
+def intercept_methods(interceptor: Callable) -> Iterator[None]:
+    """`flax.linen.intercept_methods` that sees the layers of a `replacing` around it, too.
+
+    Args:
+        interceptor: function of (call, args, kwargs, context), as flax's.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nn.intercept_methods(interceptor))
+        if _ACTIVE.value is not None:  # again, inside: it decides what the interceptor calls
+            stack.enter_context(_entered(dataclasses.replace(_ACTIVE.value)))
+        yield
+
+
+# The innermost `replacing` of this thread. JAX makes it part of the key of every jit's cache.
+_ACTIVE = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def _entered(current):
+    reported = set()
+
+    def compute(call, args, kwargs, context):
+        layer = context.module
+        flaxs = isinstance(layer, nn.BatchNorm) and not isinstance(layer, BatchNorm)
+        if not flaxs or context.method_name != "__call__" or _ACTIVE.value is not current:
+            return call(*args, **kwargs)
+        if type(layer) is not nn.BatchNorm:
+            if layer.path not in reported:
+                warnings.warn(switch.left_alone({layer.path: layer}), stacklevel=2)
+            reported.add(layer.path)
+            return call(*args, **kwargs)
+        options = current.at(layer.path)
+        return (
+            call(*args, **kwargs) if options is None else _by_jbn(layer, options, *args, **kwargs)
+        )
+
+    with _ACTIVE(current), nn.intercept_methods(compute):
+        yield
+
+
+def _by_jbn(layer, options, x, use_running_average=None, *, mask=None):
+    """The call of flax's layer, by jbn: with its variables, its scope and its signature."""
+    new = {field.name: field.default for field in dataclasses.fields(BatchNorm)}
+    own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    scope = {key: getattr(layer, key) for key in ("variable", "param", "is_initializing")}
+    return _call(
+        types.SimpleNamespace(**{**new, **own, **options}, **scope),
+        x,
+        use_running_average,
+        mask=mask,
+    )
+
+
+def _call(layer, x, use_running_average, *, mask=None, residual=None, limits=None, steps=None):
     """The body of both modules: a function, because nn.tabulate shows a row for each method."""
     use_running_average = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
@@ -150,7 +259,7 @@ def _call(layer, x, use_running_average, *, mask, residual, limits=None):
         layer,
         x,
         params,
-        State(mean.value, var.value, jnp.zeros((), jnp.int32)),
+        State(mean.value, var.value, jnp.zeros((), jnp.int32) if steps is None else steps.value),
         use_running_average=bool(use_running_average),
         dtype=flax_common.output_dtype(x, params, layer.dtype),
         initializing=layer.is_initializing(),
@@ -160,4 +269,6 @@ def _call(layer, x, use_running_average, *, mask, residual, limits=None):
     )
     if layer.update_stats and not use_running_average and not layer.is_initializing():
         mean.value, var.value = new.mean, new.var
+        if steps is not None:
+            steps.value = new.count
     return y

@@ -1,8 +1,10 @@
 """A drop-in `flax.nnx.BatchNorm`: change the import and nothing else."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from flax.nnx.nn import dtypes
 from jax import Array, lax
 from jax.nn import initializers
 
-from jbn.core import flax_common
+from jbn.core import flax_common, renorm, switch
 from jbn.types import Params, State
+
+Model = TypeVar("Model")
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -133,24 +137,30 @@ class BatchNorm(nnx.BatchNorm):
             ValueError, TypeError: an option out of range, arrays that do not fit x.
             NotImplementedError: an implementation that cannot run here.
         """
-        return self._call(x, use_running_average, mask, residual)
+        return self._call(x, self._evaluating(use_running_average), mask, residual)
 
-    def _call(self, x, use_running_average, mask, residual, limits=None):
-        use_running_average = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="use_running_average is None, expected a bool: give it to the constructor or "
-            "to the call, or set it by train(), eval() or nnx.view(model, use_running_average=...)",
+    def _evaluating(self, use_running_average):
+        return bool(
+            first_from(
+                use_running_average,
+                self.use_running_average,
+                error_msg="use_running_average is None, expected a bool: give it to the "
+                "constructor or to the call, or set it by train(), eval() or "
+                "nnx.view(model, use_running_average=...)",
+            )
         )
+
+    def _call(self, x, use_running_average, mask, residual, limits=None, steps=None):
         x = jnp.asarray(x)
-        state = State(self.mean[...], self.var[...], jnp.zeros((), jnp.int32))
+        count = jnp.zeros((), jnp.int32) if steps is None else steps[...]
+        state = State(self.mean[...], self.var[...], count)
         x, params, dtype = self._promote(x, state)
         y, new = flax_common.batch_norm(
             self,
             x,
             params,
             state,
-            use_running_average=bool(use_running_average),
+            use_running_average=use_running_average,
             dtype=dtype,
             mask=mask,
             residual=residual,
@@ -159,6 +169,8 @@ class BatchNorm(nnx.BatchNorm):
         if self.update_stats and not use_running_average:
             _store(self.mean, new.mean)
             _store(self.var, new.var)
+            if steps is not None:
+                _store(steps, new.count)
         return y
 
     def _promote(self, x, state):
@@ -180,31 +192,42 @@ class BatchRenorm(BatchNorm):
     """Batch renormalization: `BatchNorm` whose training output is corrected toward the running
     statistics.
 
-    Same variables and arguments (there are no virtual batches). Small batches gain from it; so do
-    dependent ones, as in reinforcement learning. r_max=1, d_max=0 makes it `BatchNorm`, bit for
-    bit.
+    The arguments are those of `BatchNorm` (virtual batches are refused), and so are the variables,
+    with one more where a schedule asks for it:
+
+        steps: nnx.BatchStat, int32 scalar, updates so far; only with warmup_steps or a function
+
+    Small batches gain from it; so do dependent ones, as in reinforcement learning. r_max=1, d_max=0
+    makes it `BatchNorm`, bit for bit.
 
     Arguments:
-        r_max: limit of the correction of the standard deviation, >= 1.
-        d_max: limit of the correction of the mean, in running standard deviations, >= 0.
+        r_max: limit of the correction of the standard deviation, >= 1: a number, or a function of
+            `steps` such as the paper's optax.linear_schedule(1, 3, 35_000, 5_000).
+        d_max: limit of the correction of the mean, in running standard deviations, >= 0: likewise,
+            such as the paper's optax.linear_schedule(0, 5, 20_000, 5_000).
+        warmup_steps: updates during which the layer is plain batch norm, whatever r_max and d_max
+            are; None for none. CrossQ's layer has 100_000.
         options: those of `BatchNorm`.
 
-    Reference: Ioffe 2017; its limits start at 1 and 0 and reach 3 and 5: give a schedule's values
-        to the call.
+    Reference: Ioffe 2017; Bhatt et al. 2024 (CrossQ).
     """
 
     def __init__(
         self,
         num_features: int,
         *,
-        r_max: float = 3.0,
-        d_max: float = 5.0,
+        r_max: float | Callable[[Array], Any] = 3.0,
+        d_max: float | Callable[[Array], Any] = 5.0,
+        warmup_steps: int | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         super().__init__(num_features, rngs=rngs, **options)
         self.r_max = r_max
         self.d_max = d_max
+        self.warmup_steps = warmup_steps
+        if renorm.counts(self):
+            self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
         self,
@@ -220,13 +243,113 @@ class BatchRenorm(BatchNorm):
 
         Args:
             x, use_running_average, mask, residual: as in `BatchNorm`.
-            r_max, d_max: in place of the constructor's; may be traced.
+            r_max, d_max: in place of the constructor's, during warmup_steps too; may be traced.
         """
-        limits = {
-            "r_max": self.r_max if r_max is None else r_max,
-            "d_max": self.d_max if d_max is None else d_max,
-        }
-        return self._call(x, use_running_average, mask, residual, limits)
+        evaluating = self._evaluating(use_running_average)
+        steps = self.steps if renorm.counts(self) and not evaluating else None
+        limits = renorm.CLOSED
+        if not evaluating:
+            limits = renorm.limits_at(self, None if steps is None else steps[...], r_max, d_max)
+        return self._call(x, evaluating, mask, residual, limits, steps)
+
+
+def replace(
+    model: Model,
+    *,
+    by_path: Mapping[str, Mapping[str, Any] | None] | None = None,
+    **options: Any,
+) -> Model:
+    """The same model, every `flax.nnx.BatchNorm` in it turned into jbn's `BatchNorm`, in place.
+
+        model = jbn.nnx.replace(SomebodysResNet(rngs=nnx.Rngs(0)), skip_nonfinite=True)
+
+    The layers stay the same objects with the same Variables, so that optimizers, and whatever else
+    refers to a layer, go on as before. `restore` is the way back.
+
+    Subclasses of flax's layer are left alone, with a warning that names them; jbn's own layers are
+    left alone without one. A layer that `replace` turned before gets the new options over its old
+    ones.
+
+    Args:
+        model: an nnx module, such as a BatchNorm itself, or a list or dict of modules.
+        by_path: options of some norms only, over the others: patterns of paths, as of
+            fnmatch, such as {"layers/0/*": {"unbiased": True}, "stem": None}. Later patterns go
+            before earlier ones; None leaves a norm alone. Of a shared norm one path counts, the
+            first that nnx.iter_modules gives.
+        options: of jbn's BatchNorm, in place of the layer's own: momentum, epsilon, dtype,
+            axis_name, axis_index_groups, activation, virtual_batch_size, unbiased, skip_nonfinite,
+            update_stats, implementation.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist, or that would change variables; a
+            pattern that is no norm's. Nothing has been changed then.
+    """
+    choice = switch.switch(options, by_path)
+    norms = _norms(model)
+    choice.check_patterns(norms)
+    others = {}
+    for path, norm in norms.items():
+        own = choice.at(path)
+        if type(norm) is nnx.BatchNorm or hasattr(norm, "replaced"):
+            if own is not None:
+                _give(norm, own)
+        elif not isinstance(norm, BatchNorm):
+            others[path] = norm
+    if others:
+        warnings.warn(switch.left_alone(others), stacklevel=2)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """The same model, every norm that `replace` made jbn's turned back into flax's, in place.
+
+    Args:
+        model: what `replace` was given.
+
+    Returns:
+        model: with flax's layers, their options as they were, the Variables as training left them.
+    """
+    for norm in _norms(model).values():
+        if hasattr(norm, "replaced"):
+            for key, value in norm.replaced:
+                setattr(norm, key, value)
+            for key in (*_NEW, "replaced"):
+                delattr(norm, key)
+            _turn(norm, nnx.BatchNorm)
+    return model
+
+
+def _norms(model: Any) -> dict[Any, Any]:
+    """Every batch norm in a model, subclasses too, by path."""
+    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
+
+
+def _give(norm: Any, options: dict[str, Any]) -> None:
+    """Make a norm jbn's if it is flax's, and give it options; `replaced` keeps what flax's had."""
+    kept = dict(getattr(norm, "replaced", ()))
+    if type(norm) is nnx.BatchNorm:
+        _turn(norm, BatchNorm)
+        options = {**_NEW, **options}
+    now = {key: getattr(norm, key) for key in options if key not in _NEW}
+    norm.replaced = tuple({**now, **kept}.items())  # hashable, as what nnx keeps aside must be
+    for key, value in options.items():
+        setattr(norm, key, value)
+
+
+def _turn(norm, kind):
+    """Change the class of an object, which keeps every reference to it."""
+    object.__setattr__(norm, "__class__", kind)  # nnx would record it as an attribute
+
+
+# The options that flax's layer does not have, with their defaults.
+_NEW = {
+    key: parameter.default
+    for key, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
+    if key not in inspect.signature(nnx.BatchNorm.__init__).parameters
+}
 
 
 def _store(variable, value):

@@ -17,6 +17,7 @@ from jbn.convert.layers import (
     to_torch,
 )
 from jbn.convert.models import from_torch_model, module_path, resnet_path, torch_pairs
+from jbn.convert.sbx import from_sbx, to_sbx
 
 __all__ = [
     "debiased_momentum",
@@ -25,6 +26,7 @@ __all__ = [
     "from_keras",
     "from_linen",
     "from_nnx",
+    "from_sbx",
     "from_torch",
     "from_torch_model",
     "module_path",
@@ -35,6 +37,7 @@ __all__ = [
     "to_keras",
     "to_linen",
     "to_nnx",
+    "to_sbx",
     "to_torch",
     "torch_pairs",
 ]

@@ -1,10 +1,11 @@
-"""Batch renormalization against batch norm (its limits at 1 and 0) and against the float64 oracle (anywhere else)."""
+"""Batch renormalization against batch norm, where its limits are 1 and 0, and else the oracle."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from flax import nnx
@@ -19,7 +20,7 @@ OPEN = {"r_max": 1.5, "d_max": 0.25}  # some channels of `case` are clipped, som
 
 
 def case(shape=(24, 3, 8), dtype=np.float32, seed=0):
-    """x, params, and a state near enough the data for r and d to matter, and to be clipped in some channels only."""
+    """x, params, and a state so near the data that r and d are clipped in some channels only."""
     rng = np.random.default_rng(seed)
     features = shape[-1]
     x = (rng.normal(size=shape) * np.linspace(0.5, 3, features) + 0.5).astype(dtype)
@@ -239,7 +240,7 @@ def test_a_callable_activation_sees_tracers():
 
 
 def modules(linen_type, nnx_type, x, **options):
-    """For linen and for nnx: a function of call arguments to (y, mean, var) of a layer holding `case()`."""
+    """For linen and for nnx: a function of a layer's call arguments, which gives (y, mean, var)."""
     _, params, state = case()
     linen_layer, nnx_layer = linen_type(**options), nnx_type(8, rngs=nnx.Rngs(0), **options)
     variables = {"params": params._asdict(), "batch_stats": {"mean": state.mean, "var": state.var}}
@@ -325,3 +326,155 @@ def test_the_corrections_are_constants_to_every_derivative():
     expected = jax.grad(lambda eps: loss(jbn.batch_norm_train, fixed, state, eps))(eps)
     # 576 terms of order 1 and of either sign.
     np.testing.assert_allclose(d_eps, expected, rtol=1e-4, atol=1e-4)
+
+
+def counted(kind, x, steps, **options):
+    """(y, mean, var, steps) of one training call of a linen or nnx layer after `steps` updates."""
+    _, params, state = case()
+    stats = {"mean": state.mean, "var": state.var, "steps": jnp.int32(steps)}
+    if kind == "linen":
+        variables = {"params": params._asdict(), "batch_stats": stats}
+        layer = jbn.linen.BatchRenorm(use_running_average=False, **options)
+        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+        return y, *(new["batch_stats"][name] for name in ("mean", "var", "steps"))
+    layer = jbn.nnx.BatchRenorm(8, rngs=nnx.Rngs(0), **options)
+    nnx.update(layer, {**params._asdict(), **stats})
+    return layer(x), layer.mean[...], layer.var[...], layer.steps[...]
+
+
+BOTH = pytest.mark.parametrize("kind", ["linen", "nnx"])
+
+
+@pytest.mark.third_party
+@BOTH
+def test_the_warmup_is_batch_norm_and_then_the_limits_are_open(kind):
+    x, params, state = case()
+    plain, _ = jbn.batch_norm_train(x, params, state)
+    for steps in (0, 99):
+        y, mean, _, new_steps = counted(kind, x, steps, warmup_steps=100)
+        np.testing.assert_array_equal(y, plain)
+        assert new_steps == steps + 1
+    for steps in (100, 5000):
+        y, new_mean, var, _ = counted(kind, x, steps, warmup_steps=100, r_max=1.5, d_max=0.25)
+        expected, new = jbn.batch_renorm_train(x, params, state, **OPEN)
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(new_mean, mean)
+        np.testing.assert_array_equal(var, new.var)
+    y, *_ = counted(kind, x, 100, warmup_steps=100)
+    np.testing.assert_array_equal(y, jbn.batch_renorm_train(x, params, state, r_max=3, d_max=5)[0])
+
+
+@pytest.mark.third_party
+@BOTH
+def test_the_papers_schedule(kind):
+    """Plain for 5000 updates; r_max reaches 3 at 40 000 and d_max 5 at 25 000 (section 4)."""
+    x, params, state = case()
+    schedule = {
+        "r_max": optax.linear_schedule(1.0, 3.0, 35_000, 5_000),
+        "d_max": optax.linear_schedule(0.0, 5.0, 20_000, 5_000),
+    }
+    for steps, r_max, d_max in (
+        (0, 1, 0),
+        (5_000, 1, 0),
+        (15_000, 1 + 2 * 10 / 35, 2.5),
+        (25_000, 1 + 2 * 20 / 35, 5),
+        (40_000, 3, 5),
+        (10**6, 3, 5),
+    ):
+        y, _, _, new_steps = counted(kind, x, steps, **schedule)
+        expected, _ = jbn.batch_renorm_train(x, params, state, r_max=r_max, d_max=d_max)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        assert new_steps == steps + 1
+    both = counted(kind, x, 15_000, warmup_steps=20_000, **schedule)[0]
+    np.testing.assert_array_equal(both, jbn.batch_norm_train(x, params, state)[0])
+
+
+@pytest.mark.third_party
+def test_the_counter_exists_only_when_asked_for_and_counts_updates_only():
+    x, _, _ = case()
+    poisoned = np.where(np.arange(24)[:, None, None] == 3, np.nan, x)
+    layer = jbn.linen.BatchRenorm(warmup_steps=2, skip_nonfinite=True)
+    init = lambda layer, **options: layer.init(jax.random.key(0), x, **options)["batch_stats"]
+    for average in (True, False):
+        assert set(init(layer, use_running_average=average)) == {"mean", "var", "steps"}
+        assert init(layer, use_running_average=average)["steps"] == 0
+        plain = init(jbn.linen.BatchRenorm(), use_running_average=average)
+        assert set(plain) == {"mean", "var"}
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+
+    @jax.jit
+    def train(variables, x):
+        return layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])[1]
+
+    for batch, count in ((x, 1), (poisoned, 1), (x, 2), (x, 3)):
+        variables = {**variables, **train(variables, batch)}
+        assert variables["batch_stats"]["steps"] == count
+    without = {**variables, "batch_stats": dict(variables["batch_stats"])}
+    del without["batch_stats"]["steps"]  # evaluation needs no count: other checkpoints do
+    layer.apply(without, x, use_running_average=True)
+
+    assert not hasattr(jbn.nnx.BatchRenorm(8, rngs=nnx.Rngs(0)), "steps")
+    layer = jbn.nnx.BatchRenorm(8, warmup_steps=2, rngs=nnx.Rngs(0), skip_nonfinite=True)
+    for batch, count in ((x, 1), (poisoned, 1), (x, 2)):
+        nnx.jit(lambda layer, x: layer(x))(layer, batch)
+        assert layer.steps[...] == count
+    layer(x, use_running_average=True)
+    assert layer.steps[...] == 2
+    layer.update_stats = False
+    layer(x)
+    assert layer.steps[...] == 2
+
+
+@pytest.mark.third_party
+def test_limits_of_the_call_go_before_the_warmup():
+    x, params, state = case()
+    layer = jbn.linen.BatchRenorm(use_running_average=False, warmup_steps=100)
+    stats = {"mean": state.mean, "var": state.var, "steps": jnp.int32(0)}
+    variables = {"params": params._asdict(), "batch_stats": stats}
+    y, _ = layer.apply(variables, x, **OPEN, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, jbn.batch_renorm_train(x, params, state, **OPEN)[0])
+
+
+@pytest.mark.third_party
+@BOTH
+@pytest.mark.parametrize("warmup_steps", [None, 3])
+def test_the_first_batches_of_data_far_from_zero_give_sane_outputs(kind, warmup_steps):
+    """|y| stays within d_max + r_max times the largest |xhat|, whatever the running statistics."""
+    rng = np.random.default_rng(0)
+    linen_layer = jbn.linen.BatchRenorm(use_running_average=False, warmup_steps=warmup_steps)
+    nnx_layer = jbn.nnx.BatchRenorm(4, warmup_steps=warmup_steps, rngs=nnx.Rngs(0))
+    variables = linen_layer.init(jax.random.key(0), np.zeros((2, 4), np.float32))
+    for step in range(6):
+        x = (rng.normal(size=(256, 4)) * [1e-2, 1, 30, 1e3] + [5, 1e4, -1e4, 1e6]).astype("f")
+        if kind == "linen":
+            y, new = linen_layer.apply(variables, x, mutable=["batch_stats"])
+            variables = {**variables, **new}
+        else:
+            y = nnx_layer(x)
+        xhat = np.abs((x - x.mean(0, dtype=np.float64)) / x.std(0, dtype=np.float64)).max()
+        closed = warmup_steps is not None and step < warmup_steps
+        assert np.abs(y).max() <= 1.001 * (xhat if closed else 5 + 3 * xhat)
+        deviation = np.asarray(y, np.float64).std(0)
+        np.testing.assert_array_less(deviation, 3.01)
+        if closed:
+            # Data of 1e6 with a standard deviation of 1e3 are rounded to 6e-5 of it.
+            var = x.var(0, dtype=np.float64)
+            np.testing.assert_allclose(deviation, np.sqrt(var / (var + 1e-5)), rtol=1e-3)
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"warmup_steps": 1.5}, r"warmup_steps is 1\.5"),
+        ({"warmup_steps": 10, "r_max": 0.5}, r"r_max is 0\.5"),
+        ({"d_max": lambda steps: -1.0}, r"d_max is -1\.0"),
+    ],
+)
+def test_schedules_out_of_range(options, message):
+    x, _, _ = case()
+    with pytest.raises(ValueError, match=message):
+        jbn.linen.BatchRenorm(use_running_average=False, **options).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message):
+        jbn.nnx.BatchRenorm(8, rngs=nnx.Rngs(0), **options)(x)

@@ -1,0 +1,69 @@
+"""Models of sbx (Stable Baselines Jax), to and from models with jbn's linen BatchRenorm."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_OWN = {"mean", "var", "r_max", "d_max", "steps"}  # of sbx's layer in batch_stats
+
+
+def from_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5) -> dict[str, Any]:
+    """The variables of the same model with jbn's layer, wherever sbx's BatchRenorm stands in them.
+
+    sbx keeps the limits in batch_stats beside the statistics; jbn's layer has them as attributes.
+    For both to train alike, sbx's defaults are to be given to jbn's layer:
+
+        jbn.linen.BatchRenorm(momentum=0.99, epsilon=1e-3, warmup_steps=100_000)
+
+    One difference remains: sbx shifts the mean by d times the standard deviation without epsilon.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...} of a whole model or of one layer; layers
+            under nn.vmap, such as an ensemble of critics, too.
+        r_max, d_max: the limits of jbn's layers.
+
+    Returns:
+        The same tree, with steps int32 and without the limits.
+
+    Raises:
+        ValueError: a layer has other limits.
+    """
+    return _mapped(variables, _OWN, lambda layer, path: _without_limits(layer, path, r_max, d_max))
+
+
+def to_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5) -> dict[str, Any]:
+    """The variables for sbx, of a model with jbn's BatchRenorm that counts its steps.
+
+    Args:
+        variables: {"params": ..., "batch_stats": ...} of a whole model or of one layer.
+        r_max, d_max: the limits to store.
+    """
+    limits = {"r_max": r_max, "d_max": d_max}
+
+    def with_limits(layer, path):
+        steps = jnp.asarray(layer["steps"])
+        return {**layer, **{key: jnp.full(steps.shape, value) for key, value in limits.items()}}
+
+    return _mapped(variables, {"mean", "var", "steps"}, with_limits)
+
+
+def _mapped(tree, names, change, path=()):
+    """The tree with `change` made of each mapping that has exactly `names`."""
+    if not isinstance(tree, Mapping):
+        return tree
+    if set(tree) == names:
+        return change(dict(tree), path)
+    return {key: _mapped(value, names, change, (*path, key)) for key, value in tree.items()}
+
+
+def _without_limits(layer, path, r_max, d_max):
+    for name, expected in (("r_max", r_max), ("d_max", d_max)):
+        value = np.asarray(layer.pop(name))
+        if np.any(value != expected):
+            raise ValueError(
+                f"{'/'.join(map(str, path))} has {name} {value}, expected {expected}: give "
+                f"from_sbx, and jbn's layers, this {name}"
+            )
+    return {**layer, "steps": jnp.asarray(np.asarray(layer["steps"]), jnp.int32)}
