@@ -310,7 +310,7 @@ def test_nnx_and_tuples_come_back_from_a_checkpoint(tmp_path):
                 if isinstance(tree, nnx.State) and save is saved_msgpack
                 else tree
             )
-            assert list(checkpoints.find(checkpoints.load(save(plain, folder)))) == [name]
+            assert [*checkpoints.find(*checkpoints.load(save(plain, folder)).values())[0]] == [name]
 
 
 def test_the_command_says_what_it_cannot_read(tmp_path, capsys):
