@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jbn.health import checkpoints
+from jbn.health import checkpoints, page
 from jbn.health.reports import ModelReport, model_report
 
 _DESCRIPTION = """Report on every batch norm of a checkpoint, or of several of one run: values that
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         reports = _reports(arguments.checkpoints, arguments.eps)
         last = _print(reports)
+        if arguments.html:
+            arguments.html.write_text(page.render(reports), encoding="utf-8")
         if arguments.plot:
             from jbn import plot  # matplotlib is an extra
 

@@ -44,10 +44,11 @@ class Limits(NamedTuple):
     magnitude: float = 1e19
 
 
+# By kind, the worst first: reports are sorted by this order.
 REMEDIES = {
     "missing": (
-        "save the whole layer, mean and var, or take this layer's statistics from another"
-        " checkpoint"
+        "save the whole layer, mean and var, or take this layer's statistics from another "
+        "checkpoint"
     ),
     "not finite": (
         "restore the last good checkpoint; skip_nonfinite=True refuses batches that would do this"
@@ -56,59 +57,59 @@ REMEDIES = {
         "the variables are damaged or were converted wrongly: convert them again with jbn.convert"
     ),
     "overflow": (
-        "divide the input by a constant before this layer, or keep it and the statistics "
-        "in float64: float32 cannot hold the square of such a value, so the variance "
-        "becomes infinite"
-    ),
-    "never updated": (
-        "keep the state that training returns (linen: mutable=['batch_stats']; nnx: "
-        "model.train()), or recalibrate"
-    ),
-    "few updates": "train longer, lower the momentum, or recalibrate with jbn.recalibrate",
-    "drift": (
-        "recalibrate with jbn.recalibrate; check that every training step keeps its "
-        "state, and that this batch was preprocessed like the training data"
-    ),
-    "input scale": (
-        "check that the data are preprocessed as before, and look at the layer before, "
-        "whose output changed its scale"
-    ),
-    "dead": (
-        "look at the layer before, whose unit always gives the same value (a ReLU that "
-        "never opens, an input that is never used): prune the channel or initialize its "
-        "weights again"
-    ),
-    "variance near eps": (
-        "enlarge the weights of the layer before, or lower eps if such small values matter"
-    ),
-    "cancellation": (
-        "take away the constant that the layer before adds, and keep this layer's input "
-        "in float32; jbn's float32 statistics are exact here, one-pass implementations "
-        "lose the variance"
-    ),
-    "prunable": (
-        "prune the channel, whose output is its bias whatever the input (a residual "
-        "branch that starts at scale 0 looks like this until it has trained)"
-    ),
-    "off": (
-        "if a ReLU follows, the channel is off and learns nothing: raise its bias, or "
-        "lower the learning rate"
-    ),
-    "saturated": (
-        "if a ReLU follows, it never cuts and the channel is linear; a sigmoid or tanh is"
-        " saturated: lower the bias, or put weight decay on it"
-    ),
-    "one-sided": (
-        "a ReLU that follows is always off or never cuts: move the bias towards zero, put"
-        " weight decay on it, or lower the learning rate"
+        "divide the input by a constant before this layer, or keep it and the statistics in "
+        "float64: float32 cannot hold the square of such a value, so the variance becomes "
+        "infinite"
     ),
     "learning rate": (
         "lower the learning rate or clip the gradient, and go back to a checkpoint from "
         "before this step"
     ),
+    "dead": (
+        "look at the layer before, whose unit always gives the same value (a ReLU that never "
+        "opens, an input that is never used): prune the channel or initialize its weights "
+        "again"
+    ),
+    "never updated": (
+        "keep the state that training returns (linen: mutable=['batch_stats']; nnx: "
+        "model.train()), or recalibrate"
+    ),
+    "input scale": (
+        "check that the data are preprocessed as before, and look at the layer before, whose "
+        "output changed its scale"
+    ),
+    "drift": (
+        "recalibrate with jbn.recalibrate; check that every training step keeps its state, "
+        "and that this batch was preprocessed like the training data"
+    ),
     "replicas disagree": (
-        "pass axis_name to the layer, or pool the states before saving; restart a replica"
-        " that left the others"
+        "pass axis_name to the layer, or pool the states before saving; restart a replica "
+        "that left the others"
+    ),
+    "few updates": "train longer, lower the momentum, or recalibrate with jbn.recalibrate",
+    "one-sided": (
+        "a ReLU that follows is always off or never cuts: move the bias towards zero, put "
+        "weight decay on it, or lower the learning rate"
+    ),
+    "off": (
+        "if a ReLU follows, the channel is off and learns nothing: raise its bias, or lower "
+        "the learning rate"
+    ),
+    "saturated": (
+        "if a ReLU follows, it never cuts and the channel is linear; a sigmoid or tanh is "
+        "saturated: lower the bias, or put weight decay on it"
+    ),
+    "cancellation": (
+        "take away the constant that the layer before adds, and keep this layer's input in "
+        "float32; jbn's float32 statistics are exact here, one-pass implementations lose the "
+        "variance"
+    ),
+    "variance near eps": (
+        "enlarge the weights of the layer before, or lower eps if such small values matter"
+    ),
+    "prunable": (
+        "prune the channel, whose output is its bias whatever the input (a residual branch "
+        "that starts at scale 0 looks like this until it has trained)"
     ),
 }
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jbn.health import export, page
 from jbn.health.findings import REMEDIES, Finding, Limits
+from jbn.health.reports import ModelReport
 
 _LIMITS = Limits()
 
@@ -32,7 +34,7 @@ class Changes(NamedTuple):
         level: factor between the input's standard deviation and that of the `steps` steps before,
             where the batch is known, else between the running one and that of `steps` steps ago:
             input 3 times larger moves it by 1.6 at momentum 0.99.
-        steps: see `level`.
+        steps: see `level`; also the newest updates that the history leaves out. Less than warmup.
         update: |change of W| / |W| in one step. Training that works is near 1e-3.
         jump: factor above the largest `update` of the history, and above the largest change of
             `scale`, `bias` and `weight` per step.
@@ -132,6 +134,29 @@ class Monitor:
     def names(self) -> tuple[str, ...]:
         """The metrics seen so far."""
         return tuple(self._series)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Events and kept metrics as plain values; a number not finite becomes None."""
+        series = {}
+        for name in self.names:
+            steps, values = self.series(name)
+            series[name] = {"steps": steps, "values": values}
+        return export.plain({"events": self.events, "active": self.active, "series": series})
+
+    def to_json(self) -> str:
+        """`to_dict` in strict JSON."""
+        return export.to_json(self.to_dict())
+
+    def to_html(self, reports: ModelReport | Mapping[str, ModelReport] | None = None) -> str:
+        """A page that opens in a browser from disk, without network: what happened, and sparklines.
+
+        Args:
+            reports: of the run's checkpoints by label, or one of them; they add numbers and maps of
+                the channels.
+        """
+        if isinstance(reports, ModelReport):
+            reports = {"report": reports}
+        return page.render(reports or {}, self)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[Event]:
         """Take the metrics of a step.
@@ -282,12 +307,14 @@ class Monitor:
         """The limit that a number crossed, else None, and then the number joins the history.
 
         The limit is a factor above the history's largest number, and stays as it is while crossed.
+        The newest numbers are left out, so that one which grows slowly does not raise its limit.
         """
         normal = self._normal.setdefault(name, deque(maxlen=self._changes.history))
         bound = self._bounds.pop(name, None)
         if bound is None:
+            earlier = list(normal)[: -self._changes.steps]
             warm = len(normal) >= self._changes.warmup
-            bound = min(max(floor, factor * max(normal)) if warm else math.inf, ceiling)
+            bound = min(max(floor, factor * max(earlier)) if warm else math.inf, ceiling)
         if value > bound:
             self._bounds[name] = bound
             return bound

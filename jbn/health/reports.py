@@ -11,7 +11,7 @@ from flax import linen
 
 from jbn import functional
 from jbn.core import validate
-from jbn.health import checkpoints
+from jbn.health import checkpoints, export, page
 from jbn.health.channels import Batch, measure
 from jbn.health.findings import REMEDIES, Finding, Limits, Numbers, findings
 from jbn.types import Moments, Params, State
@@ -29,6 +29,31 @@ class LayerReport(Numbers):
 
     findings: tuple[Finding, ...]
 
+    def summary(self) -> dict[str, float | int | None]:
+        """The worst value of each number, by its name in the table; None where it is not known."""
+        worst = lambda values, pick: (
+            None if values is None or np.isnan(values).all() else float(pick(values))
+        )
+        return {
+            "updates": self.updates,
+            "max drift": worst(None if self.drift is None else np.abs(self.drift), np.nanmax),
+            "min signal": worst(self.signal, np.nanmin),
+            "max |mean|/std": worst(self.ratio, np.nanmax),
+            "not finite": sum(self.nonfinite.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers; a number not finite becomes None."""
+        return export.plain(self)
+
+    def to_json(self) -> str:
+        """`to_dict` in strict JSON."""
+        return export.to_json(self)
+
+    def to_html(self) -> str:
+        """A page that opens in a browser from disk, without network."""
+        return ModelReport((self,)).to_html()
+
     def __str__(self) -> str:
         return str(ModelReport((self,)))
 
@@ -43,19 +68,22 @@ class ModelReport:
     def findings(self) -> tuple[Finding, ...]:
         return tuple(finding for layer in self.layers for finding in layer.findings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers; a number not finite becomes None."""
+        return export.plain(self)
+
+    def to_json(self) -> str:
+        """`to_dict` in strict JSON."""
+        return export.to_json(self)
+
+    def to_html(self) -> str:
+        """A page that opens in a browser from disk, without network."""
+        return page.render({"report": self})
+
     def __str__(self) -> str:
-        rows = [
-            (
-                "layer",
-                "channels",
-                "updates",
-                "max drift",
-                "min signal",
-                "max |mean|/std",
-                "not finite",
-            )
-        ]
-        rows += map(_row, self.layers)
+        rows = [("layer", "channels", *self.layers[0].summary())] if self.layers else []
+        for m in self.layers:
+            rows.append((m.layer, str(m.signal.size), *map(_cell, m.summary().values())))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"WARNING {finding}" for finding in self.findings]
@@ -296,11 +324,7 @@ def _disagreement(replicas):
     return worst
 
 
-def _row(m):
-    worst = lambda values, pick: (
-        "-" if values is None or np.isnan(values).all() else f"{pick(values):.3g}"
-    )
-    drift = None if m.drift is None else np.abs(m.drift)
-    numbers = worst(drift, np.nanmax), worst(m.signal, np.nanmin), worst(m.ratio, np.nanmax)
-    updates = "-" if m.updates is None else str(m.updates)
-    return (m.layer, str(m.signal.size), updates, *numbers, str(sum(m.nonfinite.values())))
+def _cell(value):
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
