@@ -1,6 +1,9 @@
 """The command `python -m jbn.health`: reads checkpoints, prints their reports, and draws them."""
 
 import argparse
+import contextlib
+import io
+import logging
 import sys
 from pathlib import Path
 
@@ -37,11 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        reports = _reports(arguments.checkpoints, arguments.eps)
+        # Orbax logs what it raises too, and prints tracebacks of its threads.
+        with contextlib.redirect_stderr(io.StringIO()):
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            reports = _reports(arguments.checkpoints, arguments.eps)
         last = _print(reports)
         if arguments.html:
             arguments.html.write_text(page.render(reports), encoding="utf-8")
         if arguments.plot:
+            if arguments.plot.is_dir():
+                raise IsADirectoryError(f"{arguments.plot} is a folder, expected a file to write")
             from jbn import plot  # matplotlib is an extra
 
             plot.overview(last).savefig(arguments.plot, dpi=110)

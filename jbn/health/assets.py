@@ -4,8 +4,8 @@ channel maps and for opening the layer that the address names.
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #ffffff; --text: #1d2125;
-  --soft: #5c6670; --line: #dfe3e6; --bad: #b3261e; --badback: #fbe9e7; --ok: #1b7a43; --ink: #2463ae;
-  --mid: #eceff1; --low: #2463ae; --high: #c2410c; --none: #a21caf; }
+  --soft: #5c6670; --line: #dfe3e6; --bad: #b3261e; --badback: #fbe9e7; --ok: #1b7a43;
+  --ink: #2463ae; --mid: #eceff1; --low: #2463ae; --high: #c2410c; --none: #a21caf; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171a; --card: #1c2024; --text: #e6e9ec;
   --soft: #9aa5b0; --line: #32383e; --bad: #ff8a80; --badback: #43201d; --ok: #6fcf97;
   --ink: #7db4f5; --mid: #2d3338; --low: #5ea2f3; --high: #fb923c; --none: #e879f9; } }
@@ -19,7 +19,7 @@ table { border-collapse: collapse; width: 100%; background: var(--card); font-si
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line);
   vertical-align: top; } th { color: var(--soft); font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll .events { min-width: 720px; }
 .head, summary { display: grid; gap: 12px; align-items: center; padding: 8px 12px;
   grid-template-columns: minmax(150px, 2.2fr) minmax(150px, 2fr) repeat(3, 76px) 190px; }
 .head { color: var(--soft); font-size: 13px; font-weight: 600; }
@@ -37,7 +37,7 @@ details[open] .name::before { content: "\\25BE"; }
 .kind.back { background: none; border: 1px solid var(--line); color: var(--soft); }
 .fine { color: var(--ok); font-size: 13px; }
 .inside { padding: 4px 16px 16px; } .warning { border-left: 3px solid var(--bad); margin: 10px 0;
-  padding: 2px 0 2px 12px; } 
+  padding: 2px 0 2px 12px; }
 .warning.back { border-color: var(--line); } .warning p { margin: 2px 0; }
 .sparks { display: grid; gap: 8px 16px;
   grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); }
@@ -49,7 +49,7 @@ svg { display: block; width: 100%; height: 34px; } svg path { fill: none; stroke
 canvas { display: block; max-width: 100%; margin: 2px 0 10px; cursor: crosshair; }
 .maps button { font: inherit; font-size: 13px; margin: 0 4px 4px 0; padding: 1px 10px;
   border: 1px solid var(--line); border-radius: 10px; background: none; color: var(--text);
-  cursor: pointer; } 
+  cursor: pointer; }
 .maps button[aria-pressed=true] { border-color: var(--ink); color: var(--ink); }
 .readout { min-height: 1.5em; font-variant-numeric: tabular-nums; font-size: 13px; }
 .title { font-size: 13px; } .scale { color: var(--soft); }
@@ -96,7 +96,8 @@ function draw(canvas, map) {
 }
 
 function show(place, maps) {
-  const readout = make("p", "Point at a channel to read its numbers. Purple: not finite.", "readout soft");
+  const readout = make("p",
+    "Point at a channel to read its numbers. Purple: not finite.", "readout soft");
   const nodes = [readout];
   maps.maps.forEach(map => {
     const title = make("div", map.title, "title");

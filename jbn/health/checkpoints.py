@@ -157,6 +157,8 @@ def _restored(items):
     for item, folder in items.items():
         try:
             metadata: Any = checkpointer.metadata(folder).item_metadata
+            if metadata is None:
+                raise ValueError("its metadata or the list of its arrays cannot be read")
             as_numpy = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
             )

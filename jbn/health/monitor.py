@@ -20,6 +20,7 @@ from jbn.health.findings import REMEDIES, Finding, Limits
 from jbn.health.reports import ModelReport
 
 _LIMITS = Limits()
+_SHARES = {"dead": "dead", "one-sided": "one_sided"}  # kinds whose number is a share of channels
 
 
 class Changes(NamedTuple):
@@ -75,7 +76,8 @@ class Event(Finding):
     back: bool = False
 
     def __str__(self) -> str:
-        return f"step {self.step}: {super().__str__()}"
+        text = f"{self.layer}: {self.kind}: {self.what}" if self.back else super().__str__()
+        return f"step {self.step}: {text}"
 
 
 class Monitor:
@@ -194,7 +196,7 @@ class Monitor:
         found = dict(self._crossed(layer, values))
         events = []
         for kind, what in found.items():
-            key, share = (layer, kind), values.get(kind.replace("-", "_"), 0.0)
+            key, share = (layer, kind), values.get(_SHARES.get(kind, ""), 0.0)
             worse = share >= self._shares.get(key, share) + self._changes.worse
             if key not in self._active or worse:
                 self._active[key] = Event(layer, kind, (), what, REMEDIES[kind], step)

@@ -101,10 +101,11 @@ class _Row:
         past = dict.fromkeys(f.kind for f in self.past if f.kind not in kinds)
         chips = "".join(f"<span class=kind>{_text(kind)}</span>" for kind in kinds)
         chips += "".join(f'<span class="kind back">{_text(kind)}, past</span>' for kind in past)
-        last = lambda key: self.series[key][1][-1] if key in self.series else math.nan
+        newest = lambda key: self.series[key][1][-1] if key in self.series else None
         numbers = self.last.summary() if self.last else {}
-        drift = numbers.get("max drift", last("drift"))
-        signal = numbers.get("min signal", last("signal"))
+        drift, signal = numbers.get("max drift"), numbers.get("min signal")
+        drift = newest("drift") if drift is None else drift
+        signal = newest("signal") if signal is None else signal
         size = str(self.last.signal.size) if self.last else "-"
         return (
             f'<details data-layer="{_text(self.name)}"><summary>'
@@ -137,7 +138,8 @@ class _Row:
     def _warnings(self):
         return "".join(
             f'<div class="warning{"" if f in self.now else " back"}">'
-            f"<p><b>{_text(_headline(f))}</b></p><p>{_text(f.what)}.</p><p class=soft>Remedy: {_text(f.remedy)}.</p></div>"
+            f"<p><b>{_text(_headline(f))}</b></p><p>{_text(f.what)}.</p>"
+            f"<p class=soft>Remedy: {_text(f.remedy)}.</p></div>"
             for f in (*self.now, *self.past)
         )
 
@@ -214,7 +216,7 @@ def _timeline(events, monitor):
         if not e.back
     )
     return (
-        "<h2>What happened</h2><div class=scroll><table><tr><th class=number>step</th>"
+        "<h2>What happened</h2><div class=scroll><table class=events><tr><th class=number>step</th>"
         "<th>layer</th><th>kind</th><th>what</th><th class=number>back at</th></tr>"
         f"{rows}</table></div>"
     )
