@@ -79,4 +79,8 @@ def _print(reports) -> ModelReport:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SystemExit:
+        sys.stderr = io.StringIO()  # after damage, threads of tensorstore print until the very end
+        raise
