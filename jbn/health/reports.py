@@ -141,7 +141,8 @@ def report(
     }
     _check(replicas, moments, layer)
     with np.errstate(all="ignore"):
-        numbers = _numbers(replicas, moments, layer, float(eps), momentum, limits)
+        held = math.inf if np.asarray(state.var).dtype == np.float64 else limits.magnitude
+        numbers = _numbers(replicas, moments, layer, float(eps), momentum, held)
     return LayerReport(**vars(numbers), findings=findings(numbers, limits))
 
 
@@ -255,7 +256,7 @@ def _check(replicas, moments, layer):
             )
 
 
-def _numbers(replicas, moments, layer, eps, momentum, limits) -> Numbers:
+def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
     vectors = {name: value for name, value in replicas.items() if name != "count"}
     first = {name: value[0] for name, value in replicas.items()}
     mean, var, scale, bias = first["mean"], first["var"], first.get("scale"), first.get("bias")
@@ -267,7 +268,7 @@ def _numbers(replicas, moments, layer, eps, momentum, limits) -> Numbers:
         updates = int(first["count"])
     else:
         momentum, updates = _updates_of_zero_inputs(mean, var, momentum)
-    beyond = (np.abs(mean) > limits.magnitude) | (var > limits.magnitude**2)
+    beyond = (np.abs(mean) > held) | (np.sqrt(var) > held)
     return Numbers(
         layer=layer,
         scale=scale,

@@ -51,7 +51,17 @@ def ended(capsys, *arguments):
         b"\x81\xa1a" * 5000 + b"\xc0",
         msgpack.packb([1, 2, 3]),
     ],
-    ids="empty noise truncated half dtype object nested500 nested5000 list".split(),
+    ids=[
+        "empty",
+        "noise",
+        "truncated",
+        "half",
+        "dtype",
+        "object",
+        "nested500",
+        "nested5000",
+        "list",
+    ],
 )
 def test_a_damaged_file(content, tmp_path, capsys):
     (tmp_path / "file").write_bytes(content)
