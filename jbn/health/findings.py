@@ -1,4 +1,6 @@
-"""From the numbers of a layer to warnings: one function per kind, each with what it means and what to do about it."""
+"""What counts as a warning: the limits, the kinds with their remedies, and a layer's numbers turned
+into findings. Measuring is done in channels.py, and watching over time in monitor.py.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +10,11 @@ import numpy as np
 
 
 class Limits(NamedTuple):
-    """From where on a number is a warning. They are judgements, each with its reason here.
+    """Beyond which values a number is a warning. Each is a judgement; its reason stands here.
 
     Attributes:
-        drift: |batch mean - running mean| in running standard deviations, beyond sampling noise (4
-            / sqrt(count)).
+        drift: |batch mean - running mean| in running standard deviations, beyond sampling noise
+            (4 / sqrt(count)).
         spread: factor between the batch's and the running standard deviation, either way, beyond
             the same noise.
         constant: standard deviation of the normalized value (1 in a working channel) up to which
@@ -26,6 +28,8 @@ class Limits(NamedTuple):
         start: weight that the initial values still have in the running averages.
         replicas: difference between replicas, in running standard deviations (or of the largest
             parameter).
+        magnitude: values whose squares float32 cannot hold (its largest is 3.4e38). Statistics in
+            float64 are not held to it.
     """
 
     drift: float = 0.5
@@ -37,6 +41,77 @@ class Limits(NamedTuple):
     one_sided: float = 4.0
     start: float = 0.05
     replicas: float = 1e-3
+    magnitude: float = 1e19
+
+
+# By kind, the worst first: reports are sorted by this order.
+REMEDIES = {
+    "missing": (
+        "save the whole layer, mean and var, or take this layer's statistics from another "
+        "checkpoint"
+    ),
+    "not finite": (
+        "restore the last good checkpoint; skip_nonfinite=True refuses batches that would do this"
+    ),
+    "negative variance": (
+        "the variables are damaged or were converted wrongly: convert them again with jbn.convert"
+    ),
+    "overflow": (
+        "divide the input by a constant before this layer, or keep it and the statistics in "
+        "float64: float32 cannot hold the square of such a value, so the variance becomes "
+        "infinite"
+    ),
+    "learning rate": (
+        "lower the learning rate or clip the gradient, and go back to a checkpoint from "
+        "before this step"
+    ),
+    "dead": (
+        "look at the layer before, whose unit always gives the same value (a ReLU that never "
+        "opens, an input that is never used): prune the channel or initialize its weights "
+        "again"
+    ),
+    "never updated": (
+        "keep the state that training returns (linen: mutable=['batch_stats']; nnx: "
+        "model.train()), or recalibrate"
+    ),
+    "input scale": (
+        "check that the data are preprocessed as before, and look at the layer before, whose "
+        "output changed its scale"
+    ),
+    "drift": (
+        "recalibrate with jbn.recalibrate; check that every training step keeps its state, "
+        "and that this batch was preprocessed like the training data"
+    ),
+    "replicas disagree": (
+        "pass axis_name to the layer, or pool the states before saving; restart a replica "
+        "that left the others"
+    ),
+    "few updates": "train longer, lower the momentum, or recalibrate with jbn.recalibrate",
+    "one-sided": (
+        "a ReLU that follows is always off or never cuts: move the bias towards zero, put "
+        "weight decay on it, or lower the learning rate"
+    ),
+    "off": (
+        "if a ReLU follows, the channel is off and learns nothing: raise its bias, or lower "
+        "the learning rate"
+    ),
+    "saturated": (
+        "if a ReLU follows, it never cuts and the channel is linear; a sigmoid or tanh is "
+        "saturated: lower the bias, or put weight decay on it"
+    ),
+    "cancellation": (
+        "take away the constant that the layer before adds, and keep this layer's input in "
+        "float32; jbn's float32 statistics are exact here, one-pass implementations lose the "
+        "variance"
+    ),
+    "variance near eps": (
+        "enlarge the weights of the layer before, or lower eps if such small values matter"
+    ),
+    "prunable": (
+        "prune the channel, whose output is its bias whatever the input (a residual branch "
+        "that starts at scale 0 looks like this until it has trained)"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +134,8 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.layer}{_named(self.channels)}: {self.kind}: {self.what}. Remedy: {self.remedy}."
-        )
+        where = f"{self.layer}{_named(self.channels)}"
+        return f"{where}: {self.kind}: {self.what}. Remedy: {self.remedy}."
 
 
 @dataclass(frozen=True)
@@ -73,9 +147,11 @@ class Numbers:
         layer: its path.
         scale, bias, mean, var: its variables (of the first replica, where there are several).
         eps: of the layer.
-        updates: batches folded into the state; flax trees do not count them.
-        start_weight: what the initial values weigh in the running averages, momentum^updates; None
-            unless both are known.
+        updates: batches that the state has averaged; flax trees do not count them, so there it is
+            known only where a channel tells: see `start_weight`.
+        start_weight: what the initial values weigh in the running averages, momentum^updates. The
+            count tells, or a channel whose input was always zero: its variance still equals
+            momentum^updates, and its mean 0. None where neither is known.
         nonfinite: how many values are not finite, by name, over all replicas.
         finite: bool, whether all the values of a channel are finite in all replicas.
         count: values per channel behind the moments; None without moments, as drift and spread.
@@ -83,13 +159,14 @@ class Numbers:
         spread: batch standard deviation / running standard deviation.
         input_var: variance of the input, of the batch if its moments are known, else the running
             one.
-        signal: standard deviation of the normalized value in training, sqrt(input_var / (input_var
-            + eps)).
+        signal: standard deviation of the normalized value in training,
+            sqrt(input_var / (input_var + eps)).
         ratio: |running mean| / running standard deviation.
         one_sided: mean of the output in its own standard deviations: of the batch in evaluation, or
             in training.
         disagreement: by replica, the largest distance from the median one; None where there is only
             one.
+        overflow: bool, whether a mean or a standard deviation is beyond `Limits.magnitude`.
     """
 
     layer: str
@@ -110,20 +187,21 @@ class Numbers:
     ratio: np.ndarray
     one_sided: np.ndarray
     disagreement: np.ndarray | None
+    overflow: np.ndarray
 
     @property
     def never_updated(self) -> bool:
-        """By the count, or where there is none, by values that are exactly those of initialization."""
-        return (
-            self.updates == 0
-            if self.updates is not None
-            else bool((self.mean == 0).all() and (self.var == 1).all())
-        )
+        """By the count, or where there is none, by values that are exactly those of
+        initialization.
+        """
+        if self.updates is not None:
+            return self.updates == 0
+        return bool((self.mean == 0).all() and (self.var == 1).all())
 
 
 def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:
-    """All that is over a limit. A channel that is broken, dead or pruned is named for that alone."""
-    fine = m.finite & (m.var >= 0)
+    """All that is over a limit. A broken, dead or pruned channel is named for that alone."""
+    fine = m.finite & (m.var >= 0) & ~m.overflow
     dead = fine & (m.signal <= limits.constant)
     alive = fine & ~dead
     prunable = np.zeros_like(fine)
@@ -145,35 +223,26 @@ def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:
 def _broken(m) -> Iterator[Finding]:
     if not m.finite.all():
         counts = ", ".join(f"{n} in {name}" for name, n in m.nonfinite.items() if n)
-        remedy = "restore the last good checkpoint; skip_nonfinite=True refuses batches that would do this"
-        yield _finding(m, "not finite", ~m.finite, f"NaN or infinity ({counts})", remedy)
+        yield _finding(m, "not finite", ~m.finite, f"NaN or infinity ({counts})")
     negative = m.finite & (m.var < 0)
     if negative.any():
-        remedy = "the variables are damaged or were converted wrongly: convert them again with jbn.convert"
-        yield _finding(
-            m, "negative variance", negative, f"running variance {_range(m.var[negative])}", remedy
+        what = f"running variance {_range(m.var[negative])}"
+        yield _finding(m, "negative variance", negative, what)
+    if m.overflow.any():
+        what = (
+            f"mean {_range(m.mean[m.overflow])}, standard deviation "
+            f"{_range(np.sqrt(m.var[m.overflow]))}: the squares of such values overflow float32"
         )
+        yield _finding(m, "overflow", m.overflow, what)
 
 
 def _updates(m, limits) -> Iterator[Finding]:
     if m.never_updated:
-        remedy = "keep the state that training returns (linen: mutable=['batch_stats']; nnx: model.train()), or recalibrate"
-        yield Finding(
-            m.layer,
-            "never updated",
-            (),
-            "the running statistics are those of initialization",
-            remedy,
-        )
+        what = "the running statistics are those of initialization"
+        yield _finding(m, "never updated", (), what)
     elif m.start_weight is not None and m.start_weight > limits.start:
         what = f"the initial values still weigh {m.start_weight:.0%} after {m.updates} updates"
-        yield Finding(
-            m.layer,
-            "few updates",
-            (),
-            what,
-            "train longer, lower the momentum, or recalibrate with jbn.recalibrate",
-        )
+        yield _finding(m, "few updates", (), what)
 
 
 def _drift(m, limits, alive) -> Iterator[Finding]:
@@ -186,82 +255,55 @@ def _drift(m, limits, alive) -> Iterator[Finding]:
     )
     if moved.any():
         what = (
-            f"the mean of this batch is up to {np.abs(m.drift[moved]).max():.3g} running standard deviations from the running "
-            f"mean, its standard deviation {_range(m.spread[moved])} times the running one"
+            f"the mean of this batch is up to {np.abs(m.drift[moved]).max():.3g} running standard "
+            f"deviations from the running mean, its standard deviation {_range(m.spread[moved])} "
+            "times the running one"
         )
-        remedy = (
-            "recalibrate with jbn.recalibrate; check that every training step keeps its state, and that this batch was "
-            "preprocessed like the training data"
-        )
-        yield _finding(m, "drift", moved, what, remedy)
+        yield _finding(m, "drift", moved, what)
 
 
 def _variance(m, limits, dead, alive) -> Iterator[Finding]:
     what = "running variance" if m.count is None else "variance of the batch"
     if dead.any():
-        remedy = (
-            "look at the layer before, whose unit always gives the same value (a ReLU that never opens, an input that is never "
-            "used): prune the channel or initialize its weights again"
-        )
-        yield _finding(
-            m, "dead", dead, f"the input does not vary, {what} {_range(m.input_var[dead])}", remedy
-        )
+        text = f"the input does not vary, {what} {_range(m.input_var[dead])}"
+        yield _finding(m, "dead", dead, text)
     shrunk = alive & (m.signal < limits.shrunk)
     if shrunk.any():
-        remedy = "enlarge the weights of the layer before, or lower eps if such small values matter"
-        yield _finding(
-            m,
-            "variance near eps",
-            shrunk,
-            f"{what} {_range(m.input_var[shrunk])}, eps {m.eps:g}",
-            remedy,
-        )
+        text = f"{what} {_range(m.input_var[shrunk])}, eps {m.eps:g}"
+        yield _finding(m, "variance near eps", shrunk, text)
 
 
 def _precision(m, limits, alive) -> Iterator[Finding]:
     lossy = alive & (m.ratio > limits.ratio)
     if lossy.any():
-        remedy = (
-            "take away the constant that the layer before adds, and keep this layer's input in float32; jbn's float32 "
-            "statistics are exact here, one-pass implementations lose the variance"
-        )
-        yield _finding(
-            m, "cancellation", lossy, f"|mean| / std is {_range(m.ratio[lossy])}", remedy
-        )
+        yield _finding(m, "cancellation", lossy, f"|mean| / std is {_range(m.ratio[lossy])}")
 
 
 def _output(m, limits, prunable, judged) -> Iterator[Finding]:
     if prunable.any():
-        remedy = (
-            "prune the channel, whose output is its bias whatever the input (a residual branch that starts at scale 0 looks "
-            "like this until it has trained)"
-        )
-        yield _finding(m, "prunable", prunable, f"scale {_range(m.scale[prunable])}", remedy)
+        yield _finding(m, "prunable", prunable, f"scale {_range(m.scale[prunable])}")
     off, on = judged & (m.one_sided < -limits.one_sided), judged & (m.one_sided > limits.one_sided)
     what = "the output's mean is {} of its standard deviations from zero"
-    if off.any():
-        remedy = "if a ReLU follows, the channel is off and learns nothing: raise its bias, or lower the learning rate"
-        yield _finding(m, "off", off, what.format(_range(m.one_sided[off])), remedy)
-    if on.any():
-        remedy = (
-            "if a ReLU follows, it never cuts and the channel is linear; a sigmoid or tanh is saturated: lower the bias, or "
-            "put weight decay on it"
-        )
-        yield _finding(m, "saturated", on, what.format(_range(m.one_sided[on])), remedy)
+    for kind, channels in (("off", off), ("saturated", on)):
+        if channels.any():
+            yield _finding(m, kind, channels, what.format(_range(m.one_sided[channels])))
 
 
 def _replicas(m, limits) -> Iterator[Finding]:
     if m.disagreement is not None and m.disagreement.max() > limits.replicas:
         apart = np.flatnonzero(m.disagreement > limits.replicas)
-        who = f"replica{'s' if apart.size > 1 else ''} {', '.join(map(str, apart))}"
-        what = f"{who} of {m.disagreement.size}: up to {m.disagreement.max():.3g} standard deviations from the median replica"
-        remedy = "pass axis_name to the layer, or pool the states before saving; restart a replica that left the others"
-        yield Finding(m.layer, "replicas disagree", (), what, remedy)
+        what = (
+            f"replica{'s' if apart.size > 1 else ''} {', '.join(map(str, apart))} of "
+            f"{m.disagreement.size}: up to {m.disagreement.max():.3g} standard deviations from the "
+            "median replica"
+        )
+        yield _finding(m, "replicas disagree", (), what)
 
 
-def _finding(m, kind, channels, what, remedy):
+def _finding(m, kind, channels, what):
     indices = (tuple(map(int, index)) for index in np.argwhere(channels))
-    return Finding(m.layer, kind, tuple(i[0] if len(i) == 1 else i for i in indices), what, remedy)
+    named = tuple(i[0] if len(i) == 1 else i for i in indices)
+    return Finding(m.layer, kind, named, what, REMEDIES[kind])
 
 
 def _named(channels):

@@ -21,6 +21,7 @@ from flax import core, errors, linen, nnx
 from jax import Array, lax
 
 from jbn import functional
+from jbn import linen as jbn_linen
 from jbn.core import flax_common, validate
 from jbn.kernels.seam import accumulator
 from jbn.types import Moments
@@ -87,7 +88,7 @@ def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
         return y
 
     found: dict[Path, Moments] = {}
-    with _linen_scopes() as scopes, linen.intercept_methods(watch):
+    with _linen_scopes() as scopes, jbn_linen.intercept_methods(watch):
         run()
     for scope, nothing in scopes:
         for path, norm in linen_norms(scope.variables()[_COLLECTION]).items():

@@ -1,15 +1,17 @@
 """The report of a layer and of a model: numbers per channel, and the findings among them."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import numpy as np
 
 from jbn.core import validate
-from jbn.health import checkpoints
-from jbn.health.findings import Finding, Limits, Numbers, findings
+from jbn.health import checkpoints, export, page
+from jbn.health.channels import Batch, measure
+from jbn.health.findings import REMEDIES, Finding, Limits, Numbers, findings
 from jbn.types import Moments, Params, State
 
 _LIMITS = Limits()
@@ -25,6 +27,31 @@ class LayerReport(Numbers):
 
     findings: tuple[Finding, ...]
 
+    def summary(self) -> dict[str, float | int | None]:
+        """The worst value of each number, by its name in the table; None where it is not known."""
+        worst = lambda values, pick: (
+            None if values is None or np.isnan(values).all() else float(pick(values))
+        )
+        return {
+            "updates": self.updates,
+            "max drift": worst(None if self.drift is None else np.abs(self.drift), np.nanmax),
+            "min signal": worst(self.signal, np.nanmin),
+            "max |mean|/std": worst(self.ratio, np.nanmax),
+            "not finite": sum(self.nonfinite.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers; a number not finite becomes None."""
+        return export.plain(self)
+
+    def to_json(self) -> str:
+        """`to_dict` in strict JSON."""
+        return export.to_json(self)
+
+    def to_html(self) -> str:
+        """A page that opens in a browser from disk, without network."""
+        return ModelReport((self,)).to_html()
+
     def __str__(self) -> str:
         return str(ModelReport((self,)))
 
@@ -39,19 +66,22 @@ class ModelReport:
     def findings(self) -> tuple[Finding, ...]:
         return tuple(finding for layer in self.layers for finding in layer.findings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers; a number not finite becomes None."""
+        return export.plain(self)
+
+    def to_json(self) -> str:
+        """`to_dict` in strict JSON."""
+        return export.to_json(self)
+
+    def to_html(self) -> str:
+        """A page that opens in a browser from disk, without network."""
+        return page.render({"report": self})
+
     def __str__(self) -> str:
-        rows = [
-            (
-                "layer",
-                "channels",
-                "updates",
-                "max drift",
-                "min signal",
-                "max |mean|/std",
-                "not finite",
-            )
-        ]
-        rows += map(_row, self.layers)
+        rows = [("layer", "channels", *self.layers[0].summary())] if self.layers else []
+        for m in self.layers:
+            rows.append((m.layer, str(m.signal.size), *map(_cell, m.summary().values())))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"WARNING {finding}" for finding in self.findings]
@@ -99,16 +129,18 @@ def report(
     validate.update(momentum)
     if not isinstance(params, Params) or not isinstance(state, State):
         raise TypeError(
-            f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and jbn.State"
+            f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and "
+            "jbn.State"
         )
     replicas = {
         name: _replicas(v, stacked)
         for name, v in (params._asdict() | state._asdict()).items()
         if v is not None
     }
-    _check(replicas, moments)
+    _check(replicas, moments, layer)
     with np.errstate(all="ignore"):
-        numbers = _numbers(replicas, moments, layer, float(eps), momentum)
+        held = math.inf if np.asarray(state.var).dtype == np.float64 else limits.magnitude
+        numbers = _numbers(replicas, moments, layer, float(eps), momentum, held)
     return LayerReport(**vars(numbers), findings=findings(numbers, limits))
 
 
@@ -131,28 +163,40 @@ def model_report(
     Raises:
         ValueError: no batch norm in the tree, or moments of a layer that is not there.
     """
-    found = checkpoints.find(variables)
-    if not found:
+    found, damaged = checkpoints.find(variables)
+    if not found and not damaged:
         raise ValueError(
-            "no batch norm in these variables, expected somewhere both a mean and a var: pass batch_stats too"
+            "no batch norm in these variables, expected somewhere both a mean and a var: pass "
+            "batch_stats too"
         )
     moments = moments or {}
     if unknown := sorted(set(moments) - set(found)):
         raise ValueError(
             f"moments of {unknown}, expected names among the layers found: {list(found)}"
         )
-    return ModelReport(
-        tuple(
-            report(
-                Params(v.scale, v.bias),
-                State(v.mean, v.var, v.count),
-                moments.get(name),
-                layer=name,
-                **options,
-            )
-            for name, v in found.items()
+    layers = [
+        report(
+            Params(v.scale, v.bias),
+            State(v.mean, v.var, v.count),
+            moments.get(name),
+            layer=name,
+            **options,
         )
-    )
+        for name, v in found.items()
+    ]
+    return ModelReport((*layers, *(_damaged(name, text) for name, text in damaged.items())))
+
+
+def _damaged(layer, text) -> LayerReport:
+    """The report of a layer of which nothing can be measured."""
+    unknown = np.full(1, np.nan)
+    numbers = dict.fromkeys((field.name for field in fields(Numbers)), unknown)
+    absent = ("scale", "bias", "updates", "start_weight", "count", "drift", "spread")
+    numbers |= dict.fromkeys((*absent, "disagreement"))
+    numbers |= {"layer": layer, "eps": math.nan, "nonfinite": {}, "finite": np.zeros(1, bool)}
+    numbers |= {"overflow": np.zeros(1, bool)}
+    missing = Finding(layer, "missing", (), text, REMEDIES["missing"])
+    return LayerReport(**numbers, findings=(missing,))
 
 
 def _replicas(value, stacked):
@@ -162,34 +206,36 @@ def _replicas(value, stacked):
     return np.asarray(value, np.float64) if stacked else np.asarray(value, np.float64)[None]
 
 
-def _check(replicas, moments):
+def _check(replicas, moments, layer):
     shape = replicas["mean"].shape[1:]
     for name, value in replicas.items():
         if name != "count" and value.shape[1:] != shape:
             raise ValueError(
-                f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the same layer"
+                f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the "
+                f"same layer, {layer}"
             )
     if moments is not None:
         validate.moments(moments)
         if moments.mean.shape != shape:
             raise ValueError(
-                f"moments have shape {moments.mean.shape}, expected {shape}: those of the layer's input"
+                f"moments have shape {moments.mean.shape}, expected {shape}: those of the input of "
+                f"{layer}"
             )
 
 
-def _numbers(replicas, moments, layer, eps, momentum) -> Numbers:
+def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
     vectors = {name: value for name, value in replicas.items() if name != "count"}
     first = {name: value[0] for name, value in replicas.items()}
     mean, var, scale, bias = first["mean"], first["var"], first.get("scale"), first.get("bias")
-    updates = int(first["count"]) if "count" in first else None
-    std, input_mean, input_var = np.sqrt(var), mean, var
-    count = drift = spread = None
+    count = batch = None
     if moments is not None:
-        count, input_mean, m2 = (np.asarray(v, np.float64) for v in moments)
-        input_var = m2 / count
-        drift, spread = (input_mean - mean) / std, np.sqrt(input_var) / std
-    gain = (1.0 if scale is None else scale) / np.sqrt(var + eps)
-    output_mean = gain * (input_mean - mean) + (0.0 if bias is None else bias)
+        count, batch_mean, m2 = (np.asarray(v, np.float64) for v in moments)
+        batch = Batch(batch_mean, m2 / count)
+    if "count" in first:
+        updates = int(first["count"])
+    else:
+        momentum, updates = _updates_of_zero_inputs(mean, var, momentum)
+    beyond = (np.abs(mean) > held) | (np.sqrt(var) > held)
     return Numbers(
         layer=layer,
         scale=scale,
@@ -202,18 +248,35 @@ def _numbers(replicas, moments, layer, eps, momentum) -> Numbers:
         nonfinite={name: int((~np.isfinite(v)).sum()) for name, v in vectors.items()},
         finite=np.all([np.isfinite(v).all(0) for v in vectors.values()], axis=0),
         count=count,
-        drift=drift,
-        spread=spread,
-        input_var=input_var,
-        signal=np.sqrt(input_var / (input_var + eps)),
-        ratio=np.abs(mean) / std,
-        one_sided=output_mean / (np.abs(gain) * np.sqrt(input_var)),
+        **measure(scale, bias, Batch(mean, var), batch, eps, np)._asdict(),
         disagreement=_disagreement(replicas),
+        overflow=np.isfinite(mean) & beyond,
     )
 
 
+def _updates_of_zero_inputs(mean, var, momentum):
+    """(momentum, updates) as told by channels whose input was always zero, else (momentum, None).
+
+    Such a channel still holds momentum^updates times its initial values, mean 0 and variance 1.
+    Each update rounds the variance by up to half a float32 step, and momentum was rounded once.
+    Where that uncertainty reaches a twentieth of the distance between two powers, nothing is told.
+    """
+    untouched = var[(mean == 0) & (var > 0) & (var < 1)]
+    for m in (0.9, 0.99, 0.999) if momentum is None else (momentum,):
+        if not untouched.size or not 0 < m < 1:
+            break
+        updates = np.round(np.log(untouched) / np.log(m))
+        error = 2.0**-23 * (updates + 2)
+        exact = (np.abs(untouched / m**updates - 1) <= error) & (error < (1 - m) / 20)
+        if exact.any() and np.ptp(updates[exact]) == 0 and updates[exact][0] > 0:
+            return m, int(updates[exact][0])
+    return momentum, None
+
+
 def _disagreement(replicas):
-    """By replica, the largest distance from the median one: in running standard deviations, or of the largest parameter."""
+    """By replica, the largest distance from the median one: in running standard deviations, or of
+    the largest parameter.
+    """
     size = max(len(value) for value in replicas.values())
     if size == 1:
         return None
@@ -229,11 +292,7 @@ def _disagreement(replicas):
     return worst
 
 
-def _row(m):
-    worst = lambda values, pick: (
-        "-" if values is None or np.isnan(values).all() else f"{pick(values):.3g}"
-    )
-    drift = None if m.drift is None else np.abs(m.drift)
-    numbers = worst(drift, np.nanmax), worst(m.signal, np.nanmin), worst(m.ratio, np.nanmax)
-    updates = "-" if m.updates is None else str(m.updates)
-    return (m.layer, str(m.signal.size), updates, *numbers, str(sum(m.nonfinite.values())))
+def _cell(value):
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,9 @@
-"""Health reports: every planted fault is named with its layer and channels, and a healthy model gives no warning."""
+"""Health reports: every planted fault is named with its layer and channels, and a healthy model
+gives no warning.
+"""
 
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -121,7 +124,7 @@ def test_a_dead_unit_is_found_in_the_batch_before_the_running_variance_shows_it(
 
 @pytest.mark.third_party  # optax counts its steps in int32
 def test_statistics_not_updated_while_the_weights_drift(trained):
-    """The trap of a forgotten mutable=['batch_stats']: the weights train on, the statistics stay."""
+    """A forgotten mutable=['batch_stats']: the weights train on, the statistics stay."""
     drifted = train(trained, 1000, images=PIXELS * 3 + 1)
     stale = {"params": drifted["params"], "batch_stats": trained["batch_stats"]}
     moments = health.input_moments(Digits(), stale, PIXELS * 3 + 1, False)
@@ -192,7 +195,9 @@ def test_a_replica_that_diverged_is_named_in_stacked_variables(trained):
 
 
 def test_a_replica_that_diverged_is_named_among_device_copies():
-    """What a shard_map without its check may return: one array, called replicated, of which a device holds other values."""
+    """What a shard_map without its check may return: one array, called replicated, of which a
+    device holds other values.
+    """
     params, state = jbn.init(4)
     devices = jax.devices()
     state = state._replace(mean=jnp.ones(4), count=jnp.int32(5))
@@ -210,6 +215,147 @@ def test_a_nan_on_a_later_replica_is_found(trained):
     stacked["batch_stats"]["BatchNorm_0"]["var"][3, 8] = np.nan
     found = named(health.model_report(stacked, stacked=True))
     assert found == [("BatchNorm_0", "not finite", (8,)), ("BatchNorm_0", "replicas disagree", ())]
+
+
+def test_the_spread_alone_is_drift():
+    """The same means, standard deviations 2.6 times wider and narrower; 1.8 is within the limit."""
+    x = np.random.default_rng(0).normal(size=(4000, 4)).astype(np.float32)
+    params, state = jbn.init(4)
+    _, state = jbn.batch_norm_train(jnp.asarray(x), params, state, momentum=0.0)
+    wider = (x - x.mean(0)) * np.float32([1, 2.6, 1 / 2.6, 1.8]) + x.mean(0)
+    report = health.report(params, state, jbn.moments(jnp.asarray(wider)))
+    assert named(report) == [("layer", "drift", (1, 2))]
+    np.testing.assert_allclose(report.spread, [1, 2.6, 1 / 2.6, 1.8], rtol=1e-4)
+
+
+def test_a_negative_scale_does_not_turn_the_side_of_the_output():
+    """one_sided is the sign of the output's mean: the bias in training, also where scale < 0."""
+    params, state = jbn.init(4)
+    params = params._replace(
+        scale=jnp.array([1.0, -1.0, 1.0, -1.0]), bias=jnp.array([9.0, 9.0, -9.0, -9.0])
+    )
+    report = health.report(params, state._replace(count=jnp.int32(9)))
+    assert named(report) == [("layer", "off", (2, 3)), ("layer", "saturated", (0, 1))]
+    x = np.random.default_rng(0).normal(5, 1, (500, 4)).astype(np.float32)
+    report = health.report(params, state._replace(count=jnp.int32(9)), jbn.moments(jnp.asarray(x)))
+    y = oracle.normalize(x, np.zeros(4), np.ones(4), params.scale, params.bias)
+    np.testing.assert_allclose(report.one_sided, y.mean(0) / y.std(0), rtol=1e-4)
+    assert report.one_sided[1] > 0 > report.one_sided[3]
+
+
+def test_replicas_are_compared_with_their_median_and_not_with_the_first():
+    """The first of five replicas left the others: it alone is named, which a mean would not do."""
+    params, state = jbn.init(3)
+    stacked = jax.tree.map(lambda v: np.stack([np.asarray(v)] * 5), (params, state))
+    stacked[1].mean[0] += 2.0
+    report = health.model_report({"bn": stacked}, stacked=True)
+    assert "replica 0 of 5: up to 2 standard deviations" in str(report)
+    np.testing.assert_allclose(report.layers[0].disagreement, [2, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("signal", "kind"), [(0.099, "dead"), (0.101, "variance near eps")])
+def test_where_dead_begins(signal, kind):
+    """A normalized value of standard deviation s has variance s^2 eps / (1 - s^2) before."""
+    params, state = jbn.init(2)
+    var = jnp.array([1.0, signal**2 * 1e-5 / (1 - signal**2)], jnp.float32)
+    report = health.report(params, state._replace(var=var, count=jnp.int32(9)))
+    assert named(report) == [("layer", kind, (1,))]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99])
+def test_few_updates_are_told_by_a_channel_that_saw_only_zeros(momentum):
+    """Without a count: such a channel keeps momentum^k of its initial variance, and mean 0."""
+    x = np.random.default_rng(0).normal(1, 2, (64, 4)).astype(np.float32)
+    x[:, 2] = 0
+    params, state = jbn.init(4)
+    for _ in range(12):
+        _, state = jbn.batch_norm_train(jnp.asarray(x), params, state, momentum=momentum)
+    for known in (None, momentum):
+        report = health.report(params, state._replace(count=None), momentum=known)
+        assert named(report) == [("layer", "few updates", ())]
+        assert report.updates == 12
+        np.testing.assert_allclose(report.start_weight, momentum**12)
+    assert health.report(params, state._replace(count=None), momentum=0.95).updates is None
+    near = state._replace(count=None, var=state.var * (1 + 1e-4))
+    assert health.report(params, near).updates is None
+    for _ in range(30):
+        _, state = jbn.batch_norm_train(jnp.asarray(x), params, state, momentum=0.9)
+    if momentum == 0.9:
+        assert named(health.report(params, state._replace(count=None))) == []  # 0.9^42 = 1 %
+
+
+def test_values_whose_squares_overflow_are_named():
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    x[:, 1] *= np.float32(1e20)
+    params, state = jbn.init(3)
+    _, state = jbn.batch_norm_train(jnp.asarray(x), params, state, momentum=0.0)
+    found = named(health.report(params, state))
+    assert ("layer", "overflow", (1,)) in found
+    far = state._replace(mean=jnp.array([0.0, 2e19, 9e18]), var=jnp.ones(3), count=jnp.int32(9))
+    assert ("layer", "overflow", (1,)) in named(health.report(params, far))
+    fine = state._replace(mean=jnp.array([0.0, 9e18, 0.0]), var=jnp.full(3, 1e36))
+    assert named(health.report(params, fine)) == []
+
+
+@pytest.mark.x64
+def test_float64_holds_larger_squares():
+    params, state = jbn.init(2, param_dtype=jnp.float64)
+    state = state._replace(var=jnp.array([1e60, 1.0]), count=jnp.int32(9))
+    assert named(health.report(params, state)) == []
+
+
+@pytest.mark.parametrize(
+    ("stats", "words"),
+    [
+        ({"mean": np.zeros(3)}, "var is missing"),
+        ({"var": np.ones(3)}, "mean is missing"),
+        ({"mean": np.zeros(3), "var": None}, "var is no array of numbers but NoneType"),
+        ({"mean": "text", "var": np.ones(3)}, "mean is no array of numbers but str"),
+        (
+            {"mean": np.zeros(3), "var": np.array(["a"] * 3)},
+            "var is no array of numbers but ndarray",
+        ),
+        ({"mean": 0.5, "var": 1.0}, "mean is no array of numbers but float and var is no array"),
+        ({"mean": np.zeros(3), "var": np.ones(3, complex)}, "ndarray of complex128"),
+        ({}, "mean is missing and var is missing"),
+    ],
+)
+def test_a_layer_without_mean_or_var_is_reported(trained, stats, words):
+    tree = {
+        "params": {**trained["params"], "late": {"scale": np.ones(3)}},
+        "batch_stats": {**trained["batch_stats"], "late": stats},
+    }
+    report = health.model_report(tree)
+    assert named(report) == [("late", "missing", ())]
+    assert words in str(report)
+    assert len(report.layers) == 3
+
+
+def test_a_norm_whose_statistics_are_all_gone_is_reported(trained):
+    stats = {"BatchNorm_0": trained["batch_stats"]["BatchNorm_0"]}
+    report = health.model_report({**trained, "batch_stats": stats})
+    assert named(report) == [("BatchNorm_1", "missing", ())]
+    copies = {"model": trained, "average": {"params": trained["params"]}}
+    assert named(health.model_report(copies)) == []  # a copy of the parameters needs no statistics
+
+
+def test_other_things_called_mean_or_var_are_no_norms(trained):
+    head = {"mean": {"kernel": np.ones((3, 2))}, "var": np.ones(2)}
+    tree = {**trained, "params": {**trained["params"], "gauss": head}}
+    assert named(health.model_report(tree)) == []
+
+
+def test_json_is_strict_and_complete(trained):
+    tree = with_value(trained, "batch_stats/BatchNorm_1/mean", 3, np.nan)
+    report = health.model_report(tree)
+    decoded = json.loads(report.to_json(), parse_constant=pytest.fail)
+    assert decoded == report.to_dict()
+    layer = decoded["layers"][1]
+    assert layer["mean"][3] is None
+    np.testing.assert_allclose(layer["var"], tree["batch_stats"]["BatchNorm_1"]["var"])
+    assert layer["findings"][0]["kind"] == "not finite"
+    assert layer["findings"][0]["channels"] == [3]
+    assert json.loads(report.layers[1].to_json()) == layer
 
 
 def test_features_of_several_axes_and_absent_parameters():
@@ -310,7 +456,7 @@ def test_nnx_and_tuples_come_back_from_a_checkpoint(tmp_path):
                 if isinstance(tree, nnx.State) and save is saved_msgpack
                 else tree
             )
-            assert list(checkpoints.find(checkpoints.load(save(plain, folder)))) == [name]
+            assert [*checkpoints.find(*checkpoints.load(save(plain, folder)).values())[0]] == [name]
 
 
 def test_the_command_says_what_it_cannot_read(tmp_path, capsys):
