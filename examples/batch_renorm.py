@@ -21,7 +21,8 @@ BATCH = 4
 
 
 class Network(nn.Module):
-    """Two hidden layers, each normalized: a feature has as many values as the batch has examples, 4."""
+    """Two hidden layers, each normalized: a feature has as many values as the batch has examples,
+    4."""
 
     renorm: bool
 
@@ -40,7 +41,8 @@ class Network(nn.Module):
 
 
 def limits_at(step, steps):
-    """A schedule like the paper's: closed for a tenth of the run, then r_max to 3 over a third and d_max to 5 over a fifth."""
+    """A schedule like the paper's: closed for a tenth of the run, then r_max to 3 over a third and
+    d_max to 5 over a fifth."""
     open_ = step - 0.1 * steps
     return 1 + 2 * jnp.clip(open_ / (0.33 * steps), 0, 1), 5 * jnp.clip(open_ / (0.2 * steps), 0, 1)
 

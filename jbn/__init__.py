@@ -1,4 +1,5 @@
-"""Batch normalization for JAX: pure functions over explicit state, drop-in Flax modules, and tools around them."""
+"""Batch normalization for JAX: pure functions over explicit state, drop-in Flax modules, and tools
+around them."""
 
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING

@@ -377,7 +377,8 @@ def checked(
     dtype,
     implementation,
 ) -> tuple[Array, dict[str, Any]]:
-    """x and the keyword arguments of `train`, once everything has been found to fit: the checks of all training calls."""
+    """x and the keyword arguments of `train`, once everything has been found to fit: the checks of
+    all training calls."""
     x = validate.array(x, "x")
     axis = validate.axis(axis, x.ndim)
     validate.parameters(params, state, x, axis)

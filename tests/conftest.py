@@ -41,7 +41,8 @@ def _strict(request):
 
 
 def pytest_runtest_setup(item):
-    """@pytest.mark.aot("libtpu"), or without arguments all the wheels of the aot extra: skipped by name where missing."""
+    """@pytest.mark.aot("libtpu"), or without arguments all the wheels of the aot extra: skipped by
+    name where missing."""
     for marker in item.iter_markers("aot"):
         missing = [
             name for name in marker.args or AOT_MODULES if importlib.util.find_spec(name) is None

@@ -14,7 +14,8 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Sum of the weights, mean, and sum of weight * (x - mean)^2 of each channel; 0, 0, 0 where nothing was counted."""
+    """Sum of the weights, mean, and sum of weight * (x - mean)^2 of each channel; 0, 0, 0 where
+    nothing was counted."""
 
     count: Any
     mean: Any
@@ -22,7 +23,8 @@ class Moments(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Cotangents of the arguments of `forward` or `normalize`; mean and var are None where the statistics were the batch's."""
+    """Cotangents of the arguments of `forward` or `normalize`; mean and var are None where the
+    statistics were the batch's."""
 
     x: np.ndarray
     scale: np.ndarray
@@ -74,7 +76,8 @@ def merge(a, b):
 def forward(
     x, scale=None, bias=None, *, axis=(-1,), eps=1e-5, weights=None, residual=None, activation=None
 ):
-    """(y, moments of the batch): y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)."""
+    """(y, moments of the batch): y = activation((x - mean) / sqrt(var + eps) * scale + bias +
+    residual)."""
     m = moments(x, axis, weights)
     z = _pre_activation(x, m.mean, variance(m), scale, bias, axis, eps, weights, residual)
     return activate(z, activation), m
@@ -127,7 +130,8 @@ def normalize_backward(
 def groups_forward(
     x, size, scale=None, bias=None, *, axis=(-1,), weights=None, residual=None, **options
 ):
-    """Virtual batches: `size` consecutive examples of axis 0 are normalized apart; (y, moments of the whole batch)."""
+    """Virtual batches: `size` consecutive examples of axis 0 are normalized apart; (y, moments of
+    the whole batch)."""
     parts = _groups(x, size, weights, residual)
     y = [
         forward(x, scale, bias, axis=axis, weights=w, residual=r, **options)[0] for x, w, r in parts
@@ -149,7 +153,8 @@ def groups_backward(
     dvar: Any = 0.0,
     **options,
 ):
-    """Cotangents through `groups_forward`; dmean and dvar are those of the whole batch's mean and biased variance."""
+    """Cotangents through `groups_forward`; dmean and dvar are those of the whole batch's mean and
+    biased variance."""
     dys = [dy for dy, _, _ in _groups(dy, size, None, None)]
     parts = [
         backward(x, dy, scale, bias, axis=axis, weights=w, residual=r, **options)

@@ -1,4 +1,5 @@
-"""The comparison with other libraries, true line by line: each row of TABLE is measured here on those that are installed."""
+"""The comparison with other libraries, true line by line: each row of TABLE is measured here on
+those that are installed."""
 
 import importlib
 import importlib.util
@@ -56,7 +57,8 @@ class Step(NamedTuple):
 
 
 def step(library, *batches, old=0.0, eps=1e-5, **options):
-    """Train a layer of the library on the batches in turn; `old` is the weight of the old value in its running averages."""
+    """Train a layer of the library on the batches in turn; `old` is the weight of the old value in
+    its running averages."""
     return STEPS[library](batches, old, eps, options)
 
 
@@ -265,7 +267,8 @@ def test_masks(library):
 
 
 def test_masked_statistics_over_devices():
-    """Three devices with 1, 2 and 3 valid rows: jbn's mean is that of all six, flax's the mean of three means."""
+    """Three devices with 1, 2 and 3 valid rows: jbn's mean is that of all six, flax's the mean of
+    three means."""
     x, mask = data(9).reshape(3, 3, 4), np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1]], bool)
     expected = x[mask].mean(0)
     params, state = jbn.init(4)
@@ -322,7 +325,8 @@ def third_derivative(library, x):
 @pytest.mark.x64
 @pytest.mark.parametrize("library", ["jbn", "flax", "torch"], indirect=True)
 def test_third_derivatives(library):
-    """Against central differences of the float64 oracle. The other libraries are jax.grad of plain jnp, as flax is."""
+    """Against central differences of the float64 oracle. The other libraries are jax.grad of plain
+    jnp, as flax is."""
     x, h = np.random.default_rng(0).normal(size=(6, 3)), 2e-3
     direction, weight = (
         np.cos(np.arange(x.size)).reshape(x.shape),
@@ -387,7 +391,8 @@ def test_what_a_layer_takes(library):
 
 
 def test_nnx_in_bfloat16_rounds_running_statistics_that_jbn_keeps():
-    """flax rounds the mean 0.9951 to bfloat16 before it subtracts it: from x = 0.9961 that leaves another difference."""
+    """flax rounds the mean 0.9951 to bfloat16 before it subtracts it: from x = 0.9961 that leaves
+    another difference."""
     x = jnp.full((2, 1), 1.0 - 2**-8, jnp.bfloat16)
     results = {}
     for name, module in (

@@ -70,7 +70,8 @@ def _reshape(array, shape, split):
     shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(spec[0]))
     if shape[0] % shards:
         raise NotImplementedError(
-            f"virtual_batch_size {shape[1]} over {shards} shards of x on an explicit mesh: a group would span devices, "
-            f"expected the number of groups, {shape[0]}, to be a multiple of {shards}: use axis_types of AxisType.Auto"
+            f"virtual_batch_size {shape[1]} over {shards} shards of x on an explicit mesh: a group "
+            f"would span devices, expected the number of groups, {shape[0]}, to be a multiple of "
+            f"{shards}: use axis_types of AxisType.Auto"
         )
     return lax.reshape(array, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))

@@ -313,7 +313,8 @@ def _refuse_elsewhere(implementation, platforms):
     if not set(platforms) <= set(runs_on):
         raise NotImplementedError(
             f"implementation {implementation!r} runs on {' and '.join(runs_on)}, not on "
-            f"{', '.join(platforms)}: use implementation=None, or {implementation + '/interpret'!r} "
+            f"{', '.join(platforms)}: use implementation=None, or "
+            f"{implementation + '/interpret'!r} "
             "to check numbers anywhere"
         )
     device = _device()

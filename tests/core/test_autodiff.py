@@ -1,4 +1,5 @@
-"""The derivative rule: first order against the analytic oracle, both modes and orders numerically, and what it keeps."""
+"""The derivative rule: first order against the analytic oracle, both modes and orders numerically,
+and what it keeps."""
 # Options travel in dicts of mixed values.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
@@ -51,7 +52,8 @@ def draw_weights(kind, shape):
 
 
 def gradients(x, params, state, dy, dmean, dvar, *, momentum=0.0, **options):
-    """Cotangents of x, params, residual and eps; the new state is the batch's own mean and biased variance."""
+    """Cotangents of x, params, residual and eps; the new state is the batch's own mean and biased
+    variance."""
 
     def f(x, params, residual, eps):
         y, new = jbn.batch_norm_train(
@@ -197,7 +199,8 @@ CHECKED = [
 @pytest.mark.x64
 @pytest.mark.parametrize(("activation", "add", "weights"), CHECKED)
 def test_check_grads(activation, add, weights):
-    """Orders 1 and 2 in both modes against finite differences, y and state in x, params, residual and eps."""
+    """Orders 1 and 2 in both modes against finite differences, y and state in x, params, residual
+    and eps."""
     x, residual = draw(5, 2, dtype="float64"), draw(5, 2, seed=4, dtype="float64")
     params, state = layer(2, "float64")
     options = {
@@ -249,7 +252,8 @@ SAVED = [
 @pytest.mark.parametrize(("activation", "add", "expected"), SAVED)
 @pytest.mark.parametrize("remat", [False, True])
 def test_what_is_saved(capsys, activation, add, expected, remat):
-    """For bf16 x: x itself and per-channel vectors; with residual and activation one more. Nothing else full-size."""
+    """For bf16 x: x itself and per-channel vectors; with residual and activation one more. Nothing
+    else full-size."""
     params, state = layer(8)
     x, residual = draw(*SHAPE, dtype="bfloat16"), draw(*SHAPE, seed=4, dtype="bfloat16")
     function = None if activation is None else getattr(jax.nn, activation)
@@ -286,7 +290,8 @@ def test_weights_are_saved_as_they_are(capsys):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_gradient_of_the_parameters_alone_makes_no_dx(activation):
-    """The program that is lowered for it writes no more full-size arrays than one that has no use for dx."""
+    """The program that is lowered for it writes no more full-size arrays than one that has no use
+    for dx."""
     (params, state), x = layer(8), draw(*SHAPE)
     function = None if activation is None else getattr(jax.nn, activation)
 

@@ -1,4 +1,5 @@
-"""Virtual batches: each group by its own moments, in global order, whatever the number of devices."""
+"""Virtual batches: each group by its own moments, in global order, whatever the number of
+devices."""
 
 import jax
 import numpy as np
@@ -100,7 +101,8 @@ def test_one_group_is_the_whole_batch():
 
 @pytest.mark.parametrize("channel", [False, True], ids=["of-examples", "of-elements"])
 def test_weights(channel):
-    """One group counts nothing at all: its examples are normalized by mean 0 and variance 0, and its gradients stay finite."""
+    """One group counts nothing at all: its examples are normalized by mean 0 and variance 0, and
+    its gradients stay finite."""
     rng = np.random.default_rng(1)
     weights = (rng.uniform(size=(ROWS, 16 if channel else 1)) < 0.6).astype(np.float32)
     weights[SIZE : 2 * SIZE] = 0

@@ -1,4 +1,5 @@
-"""The linear map with a transpose of its own, on a toy: 1000 times the true transpose, so that the two can be told apart."""
+"""The linear map with a transpose of its own, on a toy: 1000 times the true transpose, so that the
+two can be told apart."""
 
 import jax
 import jax.numpy as jnp

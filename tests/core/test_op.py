@@ -1,4 +1,5 @@
-"""Explicit names: what cannot run says why, before or at lowering; what can, does so under nested transformations too."""
+"""Explicit names: what cannot run says why, before or at lowering; what can, does so under nested
+transformations too."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ def test_shapes_a_kernel_does_not_take_say_why(implementation):
 
 
 def test_one_device_or_more():
-    """The kernel of a whole pass only where all rows are at hand; elsewhere, and under transformations, the two apart."""
+    """The kernel of a whole pass only where all rows are at hand; elsewhere, and under
+    transformations, the two apart."""
     in_one, apart = lambda x: x + 1, lambda x: x + 2
     layer = lambda x: op.in_one("xla/interpret", in_one, apart, x)
     split = jax.device_put(
@@ -78,7 +80,8 @@ def test_one_device_or_more():
 @pytest.mark.parametrize("transform", ["jit", "vmap", "hessian"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_fused_through_the_public_call(transform, with_residual):
-    """For a TPU where x fits: forward and backward in one kernel each, interpreted here, against XLA."""
+    """For a TPU where x fits: forward and backward in one kernel each, interpreted here, against
+    XLA."""
     device = AbstractDevice("TPU v5e", 1, "tpu")
 
     def loss(x, params, implementation):
@@ -146,7 +149,7 @@ def test_gradient_of_eps_through_the_fused_kernels():
     device = AbstractDevice("TPU v5e", 1, "tpu")
 
     def loss(eps, implementation):
-        y, state = jbn.batch_norm_train(X, PARAMS, STATE, eps=eps, implementation=implementation)
+        y, _ = jbn.batch_norm_train(X, PARAMS, STATE, eps=eps, implementation=implementation)
         return jnp.sum(y**2 * jnp.cos(X))
 
     derive = lambda implementation: jax.jit(jax.grad(lambda eps: loss(eps, implementation)))

@@ -1,4 +1,5 @@
-"""Global statistics on 8 devices: values against the unsharded oracle, collectives in the compiled program."""
+"""Global statistics on 8 devices: values against the unsharded oracle, collectives in the compiled
+program."""
 
 import collections
 import functools
@@ -45,7 +46,8 @@ def make_mesh(shape, names, kind=AxisType.Auto):
 def collectives(compiled):
     """(operation, elements of its largest result) of each collective."""
     found = re.findall(
-        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+        r"(?:-start)?\(",
         compiled.as_text(),
     )
     size = lambda dims: int(np.prod([int(n) for n in dims.split(",") if n]))
@@ -56,7 +58,8 @@ def collectives(compiled):
 
 
 def reductions(compiled, full_size):
-    """How many all-reduces of vectors there are; nothing may move an activation, nor anything near its size."""
+    """How many all-reduces of vectors there are; nothing may move an activation, nor anything near
+    its size."""
     found = collectives(compiled)
     assert all(elements <= full_size // 32 for _, elements in found), found
     assert {name for name, elements in found if elements > 1} <= {"all-reduce", "all-gather"}, found
@@ -64,7 +67,8 @@ def reductions(compiled, full_size):
 
 
 class Case:
-    """Random arrays and what the oracle says of them; the gradient is that of sum(y * dy) + sum of the new mean."""
+    """Random arrays and what the oracle says of them; the gradient is that of sum(y * dy) + sum of
+    the new mean."""
 
     def __init__(self, shape=SHAPE, mean=3.0, weights=None, activation=None, seed=0):
         rng = np.random.default_rng(seed)
@@ -177,7 +181,8 @@ def test_not_jitted(implementation):
 
 
 def test_part_of_a_mesh_axis(implementation):
-    """Reshaping a batch split 8 ways to [4, 2, ...] splits it over the halves and the quarters of one mesh axis."""
+    """Reshaping a batch split 8 ways to [4, 2, ...] splits it over the halves and the quarters of
+    one mesh axis."""
     case = Case(shape=(8, 4, 6, 8))
     x, dy, params, state = case.place(make_mesh((8,), ("data",)), P("data"), P())
 
@@ -276,7 +281,8 @@ def test_uneven_spatial_shards_of_every_axis(implementation):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_mean(kind):
-    """mean 1e4, std 1: one float32 sum of squares about zero would leave nothing of the variance."""
+    """mean 1e4, std 1: one float32 sum of squares about zero would leave nothing of the
+    variance."""
     case = Case(shape=(1024, 16), mean=1e4)
     mesh = make_mesh((8,), ("data",), KINDS[kind])
     x, _, params, state = case.place(mesh, P("data"), P())
@@ -323,7 +329,8 @@ def test_shard_map(check_vma, weights):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradient_within_shard_map(check_vma):
-    """Gradients of replicated parameters are summed over the devices as JAX does: by itself, or by the user's psum."""
+    """Gradients of replicated parameters are summed over the devices as JAX does: by itself, or by
+    the user's psum."""
     case = Case(shape=(64, 16))
 
     def local(x, dy, params, state):
@@ -431,7 +438,8 @@ def test_groups_need_check_vma_false():
 
 
 def test_diverged_state_is_merged():
-    """A shard_map that did not synchronize leaves a state on each device: psum_moments and update_state make one of them."""
+    """A shard_map that did not synchronize leaves a state on each device: psum_moments and
+    update_state make one of them."""
     case = Case(shape=(64, 16))
 
     def local(x, params, state):
@@ -454,7 +462,8 @@ def test_diverged_state_is_merged():
 
 
 def test_diverged_states_of_equal_shards_are_merged():
-    """Given only the states: each is as good as one shard, so they merge as moments of equal counts."""
+    """Given only the states: each is as good as one shard, so they merge as moments of equal
+    counts."""
     rng = np.random.default_rng(0)
     means, variances = (
         rng.normal(size=(8, 16)).astype(np.float32),
@@ -590,7 +599,8 @@ def test_readme_pmap():
 
 
 def test_micro_batches_fold_the_state_once():
-    """k micro-batches fold k times (effective momentum m^k): merging their moments and folding once is the remedy."""
+    """k micro-batches fold k times (effective momentum m^k): merging their moments and folding
+    once is the remedy."""
     case = Case(shape=(64, 16))
     m = None
     for x in np.split(case.x, 4):
@@ -612,7 +622,8 @@ def test_micro_batches_fold_the_state_once():
 @pytest.mark.aot("libtpu")
 @pytest.mark.parametrize("layout", ["batch", "batch-spatial-channel"])
 def test_pods_take_no_more_collectives_than_4_chips(layout):
-    """Compiled for TPU v5e without one; there XLA's own partitioner makes and merges the all-reduces (see jbn/partition.py)."""
+    """Compiled for TPU v5e without one; there XLA's own partitioner makes and merges the
+    all-reduces (see jbn/partition.py)."""
     found = {}
     for topology in ("v5e:2x2", "v5e:16x16"):
         devices = np.array(topologies.get_topology_desc(topology, "tpu").devices)

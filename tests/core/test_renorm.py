@@ -321,7 +321,8 @@ def test_the_corrections_are_constants_to_every_derivative():
     )((state.mean, state.var), eps)
     jax.tree.map(lambda d: np.testing.assert_array_equal(d, 0), d_mean_var)
     r, d, scale, bias = corrected(x, params, state, **OPEN, eps=0.1)
-    assert np.any((r != 1.5) & (r != 1 / 1.5)) and np.any(np.abs(d) < 0.25)
+    assert np.any((r != 1.5) & (r != 1 / 1.5))
+    assert np.any(np.abs(d) < 0.25)
     fixed = jbn.Params(jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32))
     expected = jax.grad(lambda eps: loss(jbn.batch_norm_train, fixed, state, eps))(eps)
     # 576 terms of order 1 and of either sign.

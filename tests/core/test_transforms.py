@@ -218,7 +218,8 @@ TRANSFORMS = {
 
 
 def pairs():
-    """Each transform of one variant in turn, the gradient of all; two more variants each in the grid."""
+    """Each transform of one variant in turn, the gradient of all; two more variants each in the
+    grid."""
     names = list(VARIANTS)
     for k, transform in enumerate(TRANSFORMS):
         chosen = [names[(2 * k + j) % len(names)] for j in range(3)]
@@ -278,7 +279,8 @@ ONE_AT_A_TIME = {
 )
 @pytest.mark.parametrize("transform", ONE_AT_A_TIME)
 def test_one_example_at_a_time(transform, variant):
-    """vmap with an axis name, as many write their networks: x of rank 1, statistics over the mapped axis."""
+    """vmap with an axis name, as many write their networks: x of rank 1, statistics over the
+    mapped axis."""
     activation, _, kind = VARIANTS[variant]
 
     def one(x, residual, weights, params):

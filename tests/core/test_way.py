@@ -161,7 +161,8 @@ print(float(jnp.abs(compiled(x)).sum()), "/jax/compilation_cache/cache_hits" in 
 
 @pytest.mark.slow
 def test_the_persistent_cache_hits_in_another_process(tmp_path):
-    """On 8 automatically sharded devices, where custom_partitioning writes an id into the program."""
+    """On 8 automatically sharded devices, where custom_partitioning writes an id into the
+    program."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
