@@ -215,7 +215,7 @@ def resident(
     split = _split(rows, channels, itemsizes[0], programs)
     if split is None:
         return None
-    block_cols, register_rows, num_chunks = split
+    block_cols, register_rows, vector, num_chunks = split
     for block_rows in (8 * register_rows, 4 * register_rows, 2 * register_rows, register_rows):
         num_tiles = -(-rows // (block_rows * num_chunks))
         fits = num_tiles * block_rows * block_cols * sum(itemsizes) <= SLAB_BYTES
@@ -226,7 +226,7 @@ def resident(
                 block_rows,
                 block_cols,
                 register_rows,
-                vector=VECTOR_BYTES // itemsizes[0],
+                vector,
                 num_tiles=num_tiles,
                 steps=num_tiles,
             )
@@ -246,7 +246,7 @@ def twice(
     split = _split(rows, channels, itemsizes[0], programs)
     if split is None or rows * channels * sum(itemsizes[:num_read]) > CACHE_BYTES:
         return None
-    block_cols, register_rows, num_chunks = split
+    block_cols, register_rows, vector, num_chunks = split
     fitting = SLAB_BYTES // (RING_STEPS * block_cols * sum(itemsizes)) // register_rows
     if fitting == 0:
         return None
@@ -258,14 +258,14 @@ def twice(
         block_rows,
         block_cols,
         register_rows,
-        vector=VECTOR_BYTES // itemsizes[0],
+        vector,
         num_tiles=num_tiles,
         steps=min(RING_STEPS, num_tiles),
     )
 
 
 def _split(rows, channels, itemsize, programs):
-    """(block_cols, register_rows, num_chunks) of a kernel that has all programs run at once.
+    """(block_cols, register_rows, vector, num_chunks) of a kernel whose programs all run at once.
 
     None if the array is empty, if its channels are not aligned, or if there are fewer programs than
     tiles of columns.
@@ -281,8 +281,12 @@ def _split(rows, channels, itemsize, programs):
     num_chunks = 1 if programs is None else programs // num_columns
     if num_chunks == 0:
         return None
-    register_rows = NUM_WARPS * warp_lanes(itemsize) // block_cols
-    return block_cols, register_rows, min(num_chunks, rows)
+    # Mosaic swizzles a tile that is narrower than a warp, and JAX 0.12 does so wrongly where a lane
+    # holds more than 16 bytes. Sums are float32, so there a lane holds 4 columns in every dtype.
+    narrow = block_cols < warp_lanes(itemsize)
+    vector = VECTOR_BYTES // (4 if narrow else itemsize)
+    register_rows = NUM_WARPS * WARP * vector // block_cols
+    return block_cols, register_rows, vector, min(num_chunks, rows)
 
 
 def _tile(rows, width, itemsize):

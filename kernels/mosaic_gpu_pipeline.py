@@ -272,12 +272,9 @@ def layout(cols, vector):
     """
     lane_rows = blocks.WARP * vector // cols
     rows = blocks.NUM_WARPS * lane_rows
-    # Mosaic accepts a layout in one spelling only: no tile has axes of length 1, and none repeats
-    # the tile before it.
+    # Mosaic accepts a layout in one spelling only, in which no tile has a leading axis of length 1.
     if lane_rows == 1:
         tiles, warp_dim, lane_dims = ((rows, cols), (vector,)), -3, (-2,)
-    elif vector == cols:
-        tiles, warp_dim, lane_dims = ((rows, cols), (lane_rows, cols)), -4, (-2,)
     else:
         tiles, warp_dim, lane_dims = ((rows, cols), (lane_rows, cols), (vector,)), -5, (-3, -2)
     return plgpu.Layout.TILED(
