@@ -334,7 +334,9 @@ def _give(norm: Any, options: dict[str, Any]) -> None:
         _turn(norm, BatchNorm)
         options = {**_NEW, **options}
     now = {key: getattr(norm, key) for key in options if key not in _NEW}
-    norm.replaced = tuple({**now, **kept}.items())  # hashable, as what nnx keeps aside must be
+    # A tuple, because what nnx keeps aside must be hashable.
+    aside: Any = norm
+    aside.replaced = tuple({**now, **kept}.items())
     for key, value in options.items():
         setattr(norm, key, value)
 

@@ -57,7 +57,7 @@ def drift(report: Any) -> Any:
     ax.set_facecolor("0.8")
     ax.set_yticks(range(len(layers)), [m.layer for m in layers], fontsize=size)
     ax.set_xlabel("channel")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     name = "drift of the mean, in running standard deviations"
     figure.colorbar(colors, ax=ax, label=name, extend="both", location="bottom", aspect=50)
     return figure

@@ -253,8 +253,7 @@ def recalibrate_nnx(
         path: State(norm.mean[...], norm.var[...], jnp.int32(0)) for path, norm in norms.items()
     }
     chain = sum(norm.mean.size // norm.num_features for norm in norms.values())
-    collect = functools.partial(collect, variables)
-    new = _run(collect, states, batches, chain=chain, **options)
+    new = _run(functools.partial(collect, variables), states, batches, chain=chain, **options)
     for path, state in new.items():
         norms[path].mean.set_value(state.mean)
         norms[path].var.set_value(state.var)

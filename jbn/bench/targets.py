@@ -28,8 +28,13 @@ def stay_on_host() -> None:
     """
     nodes = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
     has_compiler = _installed("libtpu") or _installed("jax_plugins.xla_cuda13")
-    if has_compiler and not jax.config.jax_platforms and not any(map(glob.glob, nodes)):
+    if has_compiler and not _chosen_platforms() and not any(map(glob.glob, nodes)):
         jax.config.update("jax_platforms", "cpu")
+
+
+def _chosen_platforms() -> str | None:
+    config: Any = jax.config
+    return config.jax_platforms
 
 
 def compile_for(target: str, fn: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:

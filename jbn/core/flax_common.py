@@ -18,7 +18,9 @@ from jbn.types import Params, State
 
 def feature_axes(axis: int | Iterable[int], ndim: int) -> tuple[int, ...]:
     """Flax's rule: non-negative, ascending, each once; () makes the whole array one feature."""
-    axes = tuple(axis) if isinstance(axis, Iterable) and not isinstance(axis, str) else (axis,)
+    axes: Any = (axis,)
+    if isinstance(axis, Iterable) and not isinstance(axis, str):
+        axes = tuple(axis)
     if not axes:
         return ()
     return validate.axis(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.core import Tracer
 
 from jbn.core import validate
 from jbn.fold.pairs import Pair
@@ -176,21 +177,21 @@ def _check(kernel, bias, params, state, eps):
                 f"got a {type(value).__name__} ({value!r:.60}), expected a jbn.{expected.__name__} "
                 "of the batch norm"
             )
-    named = {"kernel": kernel, "bias": bias, "mean": state.mean, "var": state.var}
+    named: dict[str, Any] = {"kernel": kernel, "bias": bias, "mean": state.mean, "var": state.var}
     named |= {f"params.{name}": value for name, value in params._asdict().items()}
-    for name, value in named.items():
-        if value is None and name in ("bias", "params.scale", "params.bias"):
+    for name, array in named.items():
+        if array is None and name in ("bias", "params.scale", "params.bias"):
             continue
-        if not hasattr(value, "shape") or not jnp.issubdtype(value.dtype, jnp.inexact):
-            kind = getattr(value, "dtype", type(value).__name__)
+        if not hasattr(array, "shape") or not jnp.issubdtype(array.dtype, jnp.inexact):
+            kind = getattr(array, "dtype", type(array).__name__)
             raise TypeError(f"{name} is of {kind}, expected a floating or complex array")
-        if name not in ("kernel", "bias") and value.shape != state.mean.shape:
+        if name not in ("kernel", "bias") and array.shape != state.mean.shape:
             raise ValueError(
-                f"{name} has shape {value.shape}, expected that of mean, {state.mean.shape}"
+                f"{name} has shape {array.shape}, expected that of mean, {state.mean.shape}"
             )
-    if not isinstance(eps, jax.core.Tracer) and not (np.ndim(eps) == 0 and 0 <= eps < np.inf):
+    if not isinstance(eps, Tracer) and not (np.ndim(eps) == 0 and 0 <= eps < np.inf):
         raise ValueError(f"eps is {eps}, expected a finite number >= 0: the batch norm's epsilon")
-    if isinstance(state.var, jax.core.Tracer):
+    if isinstance(state.var, Tracer):
         return
     wrong = np.flatnonzero(~(np.asarray(state.var.real) >= 0))
     if wrong.size:
@@ -322,7 +323,7 @@ def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
         ValueError: as `fold_variables`.
     """
     model = nnx.clone(model)
-    modules = dict(nnx.iter_modules(model))
+    modules: dict[Any, Any] = dict(nnx.iter_modules(model))
     for path in (path for pair in pairs for path in (pair.layer, pair.norm)):
         if path not in modules:
             raise ValueError(f"no module {'/'.join(map(str, path))} in the model: {list(modules)}")

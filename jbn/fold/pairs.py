@@ -102,7 +102,7 @@ def find_pairs(
         if reader is None:
             continue
         data, axes = _normalized(reader, norm)
-        found = axes and _layer(data, axes, uses)
+        found = _layer(data, axes, uses) if axes else None
         norm_eps = _epsilon(equations, norm, eps)
         if found and norm_eps is not None:
             pairs.append((equations.index(reader), Pair(found[0], norm, found[1], norm_eps)))

@@ -71,11 +71,11 @@ def _reports(paths, eps) -> dict[str, ModelReport]:
 
 def _print(reports) -> ModelReport:
     """Print all reports; returns the last one."""
-    for label, result in reports.items():
+    for label, report in reports.items():
         if len(reports) > 1:
             print(f"== {label}")
-        print(result)
-    return result
+        print(report)
+    return list(reports.values())[-1]
 
 
 if __name__ == "__main__":

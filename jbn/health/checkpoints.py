@@ -64,7 +64,8 @@ def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
 
     No recursion, as a damaged checkpoint may be nested deeper than Python's stack.
     """
-    found, stack = {}, [((), tree)]
+    found: dict[tuple[str, ...], Any] = {}
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     while stack:
         path, node = stack.pop()
         node = _opened(node)

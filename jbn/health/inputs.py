@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import core, errors, linen, nnx
 from jax import Array, lax
+from jax.core import Tracer
 
 from jbn import functional
 from jbn import linen as jbn_linen
@@ -111,8 +112,8 @@ def _linen_scopes():
         if threading.get_ident() != thread or not variables.get(_COLLECTION):
             return original(variables, rngs, mutable, flags)
         mutable = core.scope.union_filters(mutable, _COLLECTION)
-        statistics = core.unfreeze(variables[_COLLECTION])
-        norms = linen_norms(statistics)
+        statistics: Any = core.unfreeze(variables[_COLLECTION])
+        norms: dict[Path, Any] = linen_norms(statistics)
         nothing = {path: empty(norm["mean"]) for path, norm in norms.items()}
         for path, norm in norms.items():
             norm[_VARIABLE] = nothing[path]
@@ -137,7 +138,7 @@ def collect_nnx(run: Callable[[nnx.Module], Any], copy: nnx.Module) -> dict[Path
     Raises:
         ValueError: `run` called no norm, or one where its variables cannot change.
     """
-    norms = nnx_norms(copy)
+    norms: dict[Any, Any] = nnx_norms(copy)
     nothing = {path: empty(norm.mean[...]) for path, norm in norms.items()}
     for path, norm in norms.items():
         object.__setattr__(norm, "__class__", _recording(type(norm)))
@@ -284,4 +285,4 @@ def _some(found):
 
 def _is_read(m):
     """Whether a layer counted anything; under jit that is not known, and taken for granted."""
-    return isinstance(m.count, jax.core.Tracer) or bool(np.any(m.count > 0))
+    return isinstance(m.count, Tracer) or bool(np.any(m.count > 0))

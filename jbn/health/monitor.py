@@ -193,10 +193,11 @@ class Monitor:
 
     def _events(self, step, layer, values):
         """What changed for one layer: kinds that begin, get worse, or end."""
-        found = dict(self._crossed(layer, values))
+        found: dict[str, Any] = dict(self._crossed(layer, values))
         events = []
         for kind, what in found.items():
-            key, share = (layer, kind), values.get(_SHARES.get(kind, ""), 0.0)
+            key = layer, kind
+            share: float = values.get(_SHARES.get(kind, ""), 0.0)
             worse = share >= self._shares.get(key, share) + self._changes.worse
             if key not in self._active or worse:
                 self._active[key] = Event(layer, kind, (), what, REMEDIES[kind], step)

@@ -57,7 +57,9 @@ def render(reports: Mapping[str, Any], monitor: Any = None, title: str = "Batch 
     body = [
         f"<h1>{_text(title)}</h1><p class=soft>{_text(sentence)}.</p>",
         _timeline(events, monitor),
-        "".join(f"<h2>{_text(k)}</h2>{_spark(k, *v, [])}" for k, v in series.get("", {}).items()),
+        "".join(
+            f"<h2>{_text(k)}</h2>{_spark(k, v[0], v[1], [])}" for k, v in series.get("", {}).items()
+        ),
         "<h2>Layers, the most troubled first</h2><div class=head><span>layer</span>"
         "<span>warnings</span><span class=number>channels</span><span class=number>drift</span>"
         "<span class=number>signal</span><span>over time</span></div>",
@@ -133,7 +135,7 @@ class _Row:
         keys = [of_kind.get(f.kind) for f in worst]
         keys += ["input_std", "std", "weight", "drift", "warnings", "min signal", *self.series]
         key = next((key for key in keys if key in self.series), None)
-        return _svg(*self.series[key], self.events) if key else ""
+        return _svg(self.series[key][0], self.series[key][1], self.events) if key else ""
 
     def _warnings(self):
         return "".join(
@@ -146,7 +148,7 @@ class _Row:
     def _sparks(self):
         if not self.series:
             return ""
-        sparks = "".join(_spark(key, *v, self.events) for key, v in self.series.items())
+        sparks = "".join(_spark(key, v[0], v[1], self.events) for key, v in self.series.items())
         return f"<h3>Over time</h3><div class=sparks>{sparks}</div>"
 
     def _numbers(self):
@@ -232,7 +234,7 @@ def _spark(key, steps, values, events):
     )
 
 
-def _svg(steps: Sequence, values: Sequence, events: Sequence) -> str:
+def _svg(steps: Any, values: Any, events: Sequence) -> str:
     """A line over the steps, broken where values are not finite, with a mark at every event."""
     x, y = _thinned(np.asarray(steps, float), np.asarray(values, float))
     finite = y[np.isfinite(y)]
@@ -266,7 +268,8 @@ def _thinned(x, y):
     keep = {0, x.size - 1}
     for part in np.array_split(np.arange(x.size), _POINTS // 2):
         numbers = np.nan_to_num(y[part], nan=0.0)
-        keep |= {part[numbers.argmin()], part[numbers.argmax()], *part[~np.isfinite(y[part])][:1]}
+        broken = part[~np.isfinite(y[part])][:1]
+        keep.update(map(int, (part[numbers.argmin()], part[numbers.argmax()], *broken)))
     chosen = sorted(keep)
     return x[chosen], y[chosen]
 

@@ -190,7 +190,7 @@ def model_report(
 def _damaged(layer, text) -> LayerReport:
     """The report of a layer of which nothing can be measured."""
     unknown = np.full(1, np.nan)
-    numbers = dict.fromkeys((field.name for field in fields(Numbers)), unknown)
+    numbers: dict[str, Any] = dict.fromkeys((field.name for field in fields(Numbers)), unknown)
     absent = ("scale", "bias", "updates", "start_weight", "count", "drift", "spread")
     numbers |= dict.fromkeys((*absent, "disagreement"))
     numbers |= {"layer": layer, "eps": math.nan, "nonfinite": {}, "finite": np.zeros(1, bool)}

@@ -135,8 +135,8 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     scale, bias = field("scale", 1.0), field("bias")
     mean, var = field("mean"), field("var", 1.0)
     vectors, running, batch, one_sided = [scale, bias, mean, var], Batch(mean, var), None, None
+    given: Any = [name in moments for name in names]
     if set(names) & (set(moments) | set(before)):
-        given = [name in moments for name in names]
         batches = {}
         for name in names:
             if name in moments:
