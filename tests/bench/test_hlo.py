@@ -116,8 +116,8 @@ def test_on_chip_memory_of_a_tpu_is_free():
         """  %x = f32[64,128]{1,0:T(8,128)} parameter(0)
   %s = (f32[64,128]{1,0:T(8,128)S(1)}, f32[64,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
   %d = f32[64,128]{1,0:T(8,128)S(1)} copy-done(%s)
-  ROOT %y = f32[64,128]{1,0:T(8,128)} fusion(%d), calls=%f,
-  backend_config={"window_config":{"estimated_cycles":"123"}}"""
+  ROOT %y = f32[64,128]{1,0:T(8,128)} fusion(%d), calls=%f, """
+        """backend_config={"window_config":{"estimated_cycles":"123"}}"""
     )
     assert _moved(text) == 2 * TENSOR  # prefetched once, written once
     assert hlo.estimated_cycles(hlo.operations(text)) == 123
