@@ -114,7 +114,7 @@ def batch_norm_train(
 
     Reference: Ioffe & Szegedy 2015, algorithm 1.
     """
-    x, arguments = checked(
+    x, config, weights, residual = _checked(
         x,
         params,
         state,
@@ -132,7 +132,8 @@ def batch_norm_train(
         dtype=dtype,
         implementation=implementation,
     )
-    return layer.train(x, params, state, **arguments)
+    known = {"config": config, "momentum": momentum, "eps": eps}
+    return layer.train(x, params, state, **known, weights=weights, residual=residual)
 
 
 def batch_renorm_train(
@@ -189,7 +190,7 @@ def batch_renorm_train(
     Reference: Ioffe 2017, algorithm 1.
     """
     validate.limits(r_max, d_max)
-    x, arguments = checked(
+    x, config, weights, residual = _checked(
         x,
         params,
         state,
@@ -201,13 +202,13 @@ def batch_renorm_train(
         activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        virtual_batch_size=None,
         unbiased=unbiased,
         skip_nonfinite=skip_nonfinite,
         dtype=dtype,
         implementation=implementation,
     )
-    return renorm.train(x, params, state, r_max=r_max, d_max=d_max, **arguments)
+    known = {"config": config, "momentum": momentum, "eps": eps, "r_max": r_max, "d_max": d_max}
+    return renorm.train(x, params, state, **known, weights=weights, residual=residual)
 
 
 def batch_norm_eval(
@@ -358,52 +359,30 @@ def update_state(
     )
 
 
-def checked(
-    x,
-    params,
-    state,
-    *,
-    axis,
-    momentum,
-    eps,
-    weights,
-    residual,
-    activation,
-    axis_name,
-    axis_index_groups,
-    virtual_batch_size,
-    unbiased,
-    skip_nonfinite,
-    dtype,
-    implementation,
-) -> tuple[Array, dict[str, Any]]:
-    """x and the keyword arguments of `train`, once everything has been found to fit: the checks of
-    all training calls."""
+def _checked(
+    x, params, state, *, momentum, eps, weights, residual, virtual_batch_size=None, **options
+) -> tuple[Array, Config, Array | None, Array | None]:
+    """(x, config, weights, residual) of a training call, once everything is found to fit.
+
+    `options` are the other fields of `Config`, as the user gave them.
+    """
     x = validate.array(x, "x")
-    axis = validate.axis(axis, x.ndim)
+    given = Config(**options, virtual_batch_size=virtual_batch_size)
+    axis = validate.axis(given.axis, x.ndim)
     validate.parameters(params, state, x, axis)
     validate.updatable(state)
     validate.update(momentum)
     validate.epsilon(eps, x.dtype)
     weights = validate.weights(weights, x)
-    validate.mapped_axis(axis_name)
-    validate.batch(x, axis, weights, axis_name, virtual_batch_size)
-    config = Config(
+    validate.mapped_axis(given.axis_name)
+    validate.batch(x, axis, weights, given.axis_name, virtual_batch_size)
+    config = given._replace(
         axis=axis,
-        activation=validate.activation(activation),
-        dtype=validate.output_dtype(dtype, x),
-        implementation=validate.implementation(implementation),
-        axis_name=axis_name,
-        axis_index_groups=validate.groups(axis_index_groups, axis_name),
-        virtual_batch_size=virtual_batch_size,
-        unbiased=validate.flag(unbiased, "unbiased"),
-        skip_nonfinite=validate.flag(skip_nonfinite, "skip_nonfinite"),
+        activation=validate.activation(given.activation),
+        dtype=validate.output_dtype(given.dtype, x),
+        implementation=validate.implementation(given.implementation),
+        axis_index_groups=validate.groups(given.axis_index_groups, given.axis_name),
+        unbiased=validate.flag(given.unbiased, "unbiased"),
+        skip_nonfinite=validate.flag(given.skip_nonfinite, "skip_nonfinite"),
     )
-    residual = validate.residual(residual, x)
-    return x, {
-        "config": config,
-        "momentum": momentum,
-        "eps": eps,
-        "weights": weights,
-        "residual": residual,
-    }
+    return x, config, weights, validate.residual(residual, x)
