@@ -623,7 +623,7 @@ def test_micro_batches_fold_the_state_once():
 @pytest.mark.parametrize("layout", ["batch", "batch-spatial-channel"])
 def test_pods_take_no_more_collectives_than_4_chips(layout):
     """Compiled for TPU v5e without one; there XLA's own partitioner makes and merges the
-    all-reduces (see jbn/partition.py)."""
+    all-reduces (see jbn/core/op.py)."""
     found = {}
     for topology in ("v5e:2x2", "v5e:16x16"):
         devices = np.array(topologies.get_topology_desc(topology, "tpu").devices)
