@@ -34,6 +34,12 @@ def unsupported(shape: tuple[int, ...], dtype, axis: tuple[int, ...]) -> str | N
     return channels_last(shape, axis)
 
 
+def unsupported_device(kind: str) -> str | None:
+    """Why a device cannot run these kernels: every TPU can."""
+    del kind
+    return None
+
+
 def fwd_stats(
     x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...], interpret: bool
 ) -> Stats:
@@ -241,7 +247,8 @@ def _call(
         interpret=interpret,
         name=getattr(body, "func", body).__name__,
     )
-    if not interpret:
+    # The interpreter that simulates memory has effects, which a primitive would have to declare.
+    if interpret is not True:
         return run(out_shape=results)(*operands)
     leaves, tree = jax.tree.flatten(operands)
     out = _interpreted.bind(*leaves, launch=_Interpreted(run, tree, results))

@@ -31,13 +31,15 @@ def variance(m: Moments | Stats, *, unbiased: bool = False) -> Array:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets (Chan, Golub & LeVeque 1979, eq. 2.1)."""
+    """Moments of the union of two sets (Chan, Golub & LeVeque 1979, eq. 2.1), in either order."""
     count = a.count + b.count
     delta = b.mean - a.mean
     share_a, share_b = a.count / divisor(count), b.count / divisor(count)
     # From the larger set's mean, which is then exact where the other set is empty.
     mean = jnp.where(b.count > a.count, b.mean - delta * share_a, a.mean + delta * share_b)
-    return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * (a.count * share_b))
+    # count_a * count_b / count without a product that overflows, and alike in either order.
+    between = jnp.minimum(a.count, b.count) * jnp.maximum(share_a, share_b)
+    return Moments(count, mean, a.m2 + b.m2 + jnp.square(delta) * between)
 
 
 def rescale(
