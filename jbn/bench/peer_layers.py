@@ -92,7 +92,7 @@ def flax_nnx(problem: Problem) -> Layer:
 
 
 def haiku(problem: Problem) -> Layer:
-    import haiku as hk
+    import haiku as hk  # pyright: ignore[reportMissingImports]: of the extra `peers`
 
     def forward(x, residual, is_training):
         norm = hk.BatchNorm(
@@ -120,7 +120,7 @@ def equinox(problem: Problem) -> Layer:
 
     A channels-last x is transposed, as a user would have to do.
     """
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]: of the extra `peers`
 
     norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         problem.case.features,

@@ -180,7 +180,7 @@ def _check(kernel, bias, params, state, eps):
     named: dict[str, Any] = {"kernel": kernel, "bias": bias, "mean": state.mean, "var": state.var}
     named |= {f"params.{name}": value for name, value in params._asdict().items()}
     for name, array in named.items():
-        if array is None and name in ("bias", "params.scale", "params.bias"):
+        if name in ("bias", "params.scale", "params.bias") and array is None:
             continue
         if not hasattr(array, "shape") or not jnp.issubdtype(array.dtype, jnp.inexact):
             kind = getattr(array, "dtype", type(array).__name__)
