@@ -48,12 +48,13 @@ def train(images, labels, key, *, steps):
     def step(carry, index):
         variables, average, opt_state = carry
         rows = jax.random.randint(jax.random.fold_in(key, index), (BATCH,), 0, len(images))
+        batch, targets = jnp.asarray(images)[rows], jnp.asarray(labels)[rows]
 
         def loss(params):
             logits, new = Network().apply(
-                {**variables, "params": params}, images[rows], True, mutable=["batch_stats"]
+                {**variables, "params": params}, batch, True, mutable=["batch_stats"]
             )
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean(), new
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), new
 
         gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
