@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers
 
-from jbn.core import layer, renorm, running, stats, validate
+from jbn.core import layer, running, stats, validate
 from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
@@ -207,8 +207,9 @@ def batch_renorm_train(
         dtype=dtype,
         implementation=implementation,
     )
-    known = {"config": config, "momentum": momentum, "eps": eps, "r_max": r_max, "d_max": d_max}
-    return renorm.train(x, params, state, **known, weights=weights, residual=residual)
+    known = {"config": config, "momentum": momentum, "eps": eps}
+    limits = {"r_max": r_max, "d_max": d_max}
+    return layer.train(x, params, state, **known, weights=weights, residual=residual, limits=limits)
 
 
 def batch_norm_eval(

@@ -40,9 +40,9 @@ def evaluate(x, params, state, *, config, eps, residual):
     return y.astype(config.dtype)
 
 
-def train(x, params, state, *, config, momentum, eps, weights, residual, **limits):
+def train(x, params, state, *, config, momentum, eps, weights, residual, limits):
     """`layer.train` in plain JAX."""
-    if limits:
+    if limits is not None:
         raise NotImplementedError(
             f"batch renormalization does not take complex values, x is {x.dtype}"
         )

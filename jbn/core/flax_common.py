@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from jbn.core import complex_numbers, renorm, validate
+from jbn.core import complex_numbers, validate
 from jbn.core import layer as core
 from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
@@ -107,7 +107,7 @@ def batch_norm(
                 f"virtual_batch_size is {config.virtual_batch_size}, expected None: "
                 "batch renormalization is for batches that are small already"
             )
-    train = complex_numbers.train if is_complex else core.train if limits is None else renorm.train
+    train = complex_numbers.train if is_complex else core.train
     y, new = train(
         x,
         params,
@@ -117,7 +117,7 @@ def batch_norm(
         eps=layer.epsilon,
         weights=None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x),
         residual=residual,
-        **(limits or {}),
+        limits=limits,
     )
     if not updates:
         return y, state

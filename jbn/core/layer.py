@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core import autodiff, ghost, op, running, sharding, stats
+from jbn.core import autodiff, ghost, op, renorm, running, sharding, stats
 from jbn.core.config import Config
 from jbn.core.passes import Operands
 from jbn.kernels.seam import FUSED, accumulator
@@ -27,13 +27,14 @@ def train(
     eps: Any,
     weights: Array | None = None,
     residual: Array | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> tuple[Array, State]:
-    """`batch_norm_train` without the checks."""
+    """`batch_norm_train` without the checks; `batch_renorm_train` with limits, r_max and d_max."""
     if x.size == 0:  # nothing to normalize and nothing to learn from
         return x.astype(config.dtype), state
-    fused, after = split_activation(config)
+    fused, after = _split_activation(config)
     decay = running.decay(momentum)
-    y, new_state = _train(x, params, state, decay, eps, weights, residual, config=fused)
+    y, new_state = _train(x, params, state, decay, eps, weights, residual, limits, config=fused)
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
@@ -49,12 +50,12 @@ def evaluate(
     """`batch_norm_eval` without the checks."""
     if x.size == 0:
         return x.astype(config.dtype)
-    fused, after = split_activation(config)
+    fused, after = _split_activation(config)
     y = _evaluate(x, params, state, eps, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype)
 
 
-def split_activation(config: Config):
+def _split_activation(config: Config):
     """(config, None), or without the activation and the activation, if it is not fused.
 
     Such an activation stays outside the jit and the derivative rule, so that it may close over
@@ -66,9 +67,12 @@ def split_activation(config: Config):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _train(x, params, state, decay, eps, weights, residual, *, config):
-    operands = _operands(x, params, eps, residual, config)
+def _train(x, params, state, decay, eps, weights, residual, limits, *, config):
     weights, _ = stats.rescale(weights, config.axis, config.axis_name)
+    if limits is not None:
+        known = {"config": config, "limits": limits, "eps": eps, "weights": weights}
+        params = renorm.corrected(x, params, state, **known)
+    operands = _operands(x, params, eps, residual, config)
     guess = lax.stop_gradient(state.mean.astype(operands.scale.dtype))
     operands, weights, guess = sharding.vary_alike((operands, weights, guess))
     batch_norm = autodiff if config.virtual_batch_size is None else ghost

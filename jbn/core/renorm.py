@@ -1,13 +1,12 @@
 """Batch renormalization: normalize by the batch, corrected toward the running statistics."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core import layer, op, running, sharding, stats, validate
+from jbn.core import op, sharding, stats, validate
 from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
@@ -51,50 +50,31 @@ def limits_at(layer: Any, steps: Array | None, r_max: Any, d_max: Any) -> dict[s
     return {key: own[key] if value is None else value for key, value in given.items()}
 
 
-def train(
-    x, params, state, *, config: Config, r_max, d_max, momentum, eps, weights=None, residual=None
-) -> tuple[Array, State]:
-    """`batch_renorm_train` without the checks, for the modules."""
-    if x.size == 0:
-        return x.astype(config.dtype), state
-    fused, after = layer.split_activation(config)
-    y, new_state = _train(
-        x,
-        params,
-        state,
-        r_max,
-        d_max,
-        running.decay(momentum),
-        eps,
-        weights,
-        residual,
-        config=fused,
-    )
-    return y if after is None else after(y).astype(config.dtype), new_state
+def corrected(
+    x: Array,
+    params: Params,
+    state: State,
+    *,
+    config: Config,
+    limits: dict[str, Any],
+    eps: Any,
+    weights: Array | None,
+) -> Params:
+    """Parameters with which batch norm computes batch renorm's y:
 
+    scale * ((x - mean) / std * r + d) + bias.
 
-# One jit around both, so that XLA merges the two statistics: the correction costs no pass over x
-# and no collective.
-@functools.partial(jax.jit, static_argnames="config")
-def _train(x, params, state, r_max, d_max, decay, eps, weights, residual, *, config):
-    weights, _ = stats.rescale(weights, config.axis, config.axis_name)
-    r, d = _correction(x, state, r_max, d_max, eps, weights, config)
+    XLA merges the statistics taken here with those of the batch norm that follows, as they stand in
+    one program: the correction costs no pass over x and no collective.
+    """
+    r, d = _correction(x, state, eps, weights, config, **limits)
     scale = r if params.scale is None else params.scale.astype(r.dtype) * r
     shift = d if params.scale is None else params.scale.astype(d.dtype) * d
     bias = shift if params.bias is None else params.bias.astype(d.dtype) + shift
-    return layer.train(
-        x,
-        Params(scale, bias),
-        state,
-        config=config,
-        momentum=decay,
-        eps=eps,
-        weights=weights,
-        residual=residual,
-    )
+    return Params(scale, bias)
 
 
-def _correction(x, state, r_max, d_max, eps, weights, config):
+def _correction(x, state, eps, weights, config, *, r_max, d_max):
     """r and d of each feature, constants to the derivative."""
     x, state, eps, weights = jax.tree.map(lax.stop_gradient, (x, state, eps, weights))
     acc = accumulator(x.dtype)
