@@ -72,7 +72,7 @@ def batch_norm_train(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> tuple[Array, State]:
-    """Normalize by the statistics of the batch, and fold them into the state.
+    """Normalize by the statistics of the batch, and update the state with them.
 
         y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)
         state.mean = momentum * state.mean + (1 - momentum) * mean, and var likewise
@@ -156,19 +156,18 @@ def batch_renorm_train(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> tuple[Array, State]:
-    """Normalize by the statistics of the batch, corrected toward the running ones, and fold the
-    batch into the state.
+    """Normalize by the statistics of the batch, corrected toward the running ones, and update the
+    state.
 
         r = clip(std / running std, 1 / r_max, r_max)           std = sqrt(var + eps), for both
         d = clip((mean - running mean) / running std, -d_max, d_max)
         y = activation(((x - mean) / std * r + d) * scale + bias + residual)
 
     r and d are constants to the derivative; the running statistics are those before the update.
-    With r_max = 1 and
-    d_max = 0 this is `batch_norm_train`, bit for bit; with both infinite, y is what inference
-    computes.  Small or
-    dependent batches gain from it.  Raise both limits slowly (the paper: r_max from 1 to 3, d_max
-    from 0 to 5), as traced values, so that a schedule compiles once.
+    With r_max = 1 and d_max = 0 this is `batch_norm_train`, bit for bit; with both infinite, y is
+    what inference computes.  Small or dependent batches gain from it.  Raise both limits slowly
+    (the paper: r_max from 1 to 3, d_max from 0 to 5), as traced values, so that a schedule compiles
+    once.
 
     Args:
         x, params, state: as in `batch_norm_train`.
@@ -176,9 +175,8 @@ def batch_renorm_train(
         d_max: limit of the correction of the mean, in running standard deviations, >= 0; may be
             traced.
         axis, momentum, eps, weights, residual, activation, axis_name, axis_index_groups, unbiased,
-        skip_nonfinite, dtype,
-            implementation: as in `batch_norm_train`. There are no virtual batches: making them
-                small is what hurts.
+            skip_nonfinite, dtype, implementation: as in `batch_norm_train`. There are no virtual
+            batches: their small size is what hurts.
 
     Returns:
         (y, state), as `batch_norm_train`.
@@ -332,13 +330,13 @@ def update_state(
     unbiased: bool = False,
     skip_nonfinite: bool = False,
 ) -> State:
-    """Fold the moments of a batch into the state.
+    """The state, updated with the moments of a batch.
 
     Args:
         state: the running statistics.
         m: moments of the batch.
         momentum: weight of the OLD value, in [0, 1]; None averages over all batches.
-        unbiased: fold in n / (n - 1) times the variance.
+        unbiased: store n / (n - 1) times the variance, as PyTorch does.
         skip_nonfinite: keep the state if m is not finite.
 
     Returns:

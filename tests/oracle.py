@@ -1,11 +1,9 @@
-"""Batch normalization in NumPy float64, two-pass and slow: what every test compares with. Knows
-nothing of jbn.
+"""Batch normalization in NumPy float64, in two passes: what every test compares with.
 
-`axis` is the tuple of feature axes (negative ones allowed); everything else is reduced.  A
-per-channel vector has the shape of
-the feature axes.  Activations go by the name they have in jax.nn.  weights broadcast to x; an
-element of weight zero that is
-not finite is not read: it is normalized as if it were the mean, and influences no gradient.
+It imports nothing of jbn.  `axis` is the tuple of feature axes (negative ones allowed); everything
+else is reduced.  A per-channel vector has the shape of the feature axes.  Activations go by the
+names they have in jax.nn.  weights broadcast to x.  An element of weight zero that is not finite is
+not read: it is normalized as if it were the mean, and influences no gradient.
 """
 
 from typing import Any, NamedTuple

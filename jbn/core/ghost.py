@@ -1,10 +1,9 @@
 """Virtual ("ghost") batches: consecutive examples along axis 0 are normalized by moments of their
 own.
 
-The batch axis becomes (groups, examples) and the groups one more feature axis: a layer with groups
-x features channels, whose
-scale and bias repeat.  A group that lies on one device takes no communication; the running state
-folds in the moments of all.
+The batch axis becomes (groups, examples), and the groups become one more feature axis: this is a
+layer of groups * features channels, whose scale and bias repeat.  A group that lies on one device
+takes no communication.  The running state is updated with the moments of all examples.
 
 Reference: Hoffer, Hubara & Soudry 2017, section 4.
 """

@@ -337,7 +337,7 @@ def moments(value: Moments, name: str = "moments") -> None:
 
 
 def updatable(value: State) -> None:
-    """A state that a batch can be folded into."""
+    """A state that can be updated with a batch."""
     _named_tuple(value, State, "state", "make it with jbn.init(features)")
     features = array(value.mean, "mean").shape
     for name in ("mean", "var"):
