@@ -117,18 +117,15 @@ def launch(processes, devices):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **environment}  # errors only
     command = lambda index: [sys.executable, *sys.argv, "--address", address, "--index", str(index)]
-    read, write = os.pipe()
-    children = [
-        subprocess.Popen(command(index), env=environment, stdout=write)
-        for index in range(processes)
-    ]
-    os.close(write)
-    with os.fdopen(read) as output:
-        for line in output:
-            if not line.startswith("[Gloo]"):  # which tells of each connection on standard output
-                print(line, end="", flush=True)
+    children = [subprocess.Popen(command(index), env=environment) for index in range(processes)]
     codes = [child.wait() for child in children]
     return int(any(codes))
+
+
+def keep_for_prints():
+    """Leave standard output to `print`: Gloo, in C++, tells there of each connection."""
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":
@@ -152,5 +149,6 @@ if __name__ == "__main__":
     if arguments.launched:
         jax.distributed.initialize()
     else:
+        keep_for_prints()
         jax.distributed.initialize(arguments.address, arguments.processes, arguments.index)
     report(*train(arguments.steps), arguments.save)

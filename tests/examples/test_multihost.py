@@ -13,16 +13,8 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "multihost.py"
 
 def run(processes, devices, path):
     """What it printed, also as errors, and the parameters and states after 20 steps."""
-    command = [
-        sys.executable,
-        EXAMPLE,
-        "--processes",
-        str(processes),
-        "--devices",
-        str(devices),
-        "--save",
-        path,
-    ]
+    size = ["--processes", str(processes), "--devices", str(devices)]
+    command = [sys.executable, EXAMPLE, *size, "--save", path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     with np.load(path) as saved:
