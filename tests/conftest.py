@@ -2,7 +2,7 @@
 
 Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
 lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
-deselected unless asked for (-m grid); slow takes > 10 s.
+deselected unless asked for (-m grid), and so is slow, which takes more than 10 seconds.
 """
 
 import contextlib

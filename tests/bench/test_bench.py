@@ -533,6 +533,7 @@ def test_op_from_the_command_line(tmp_path, capsys):
     assert bench.main(["op", "--filter", "nonsense"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.third_party
 def test_model_from_the_command_line(tmp_path, capsys):
     """The smallest network on the smallest images: every column is there, and a picture."""

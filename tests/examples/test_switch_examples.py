@@ -1,6 +1,7 @@
 """examples/switch.py, crossq.py and whole_life.py; and the four networks, flax's and switched."""
 
 import importlib
+import itertools
 import pathlib
 import sys
 
@@ -57,9 +58,16 @@ def test_the_networks_are_the_papers(example, name):
     assert len(norms) == {"ResNet-50": 53, "EfficientNet-B0": 49, "U-Net": 18}.get(name, 121)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("system", ["linen", "nnx"])
-@pytest.mark.parametrize("name", NAMES)
+def _networks():
+    """One network of each system; `-m grid` compares the others."""
+    marks = {("EfficientNet-B0", "linen"): pytest.mark.slow, ("U-Net", "nnx"): pytest.mark.slow}
+    return [
+        pytest.param(name, system, marks=marks.get((name, system), pytest.mark.grid))
+        for name, system in itertools.product(NAMES, ("linen", "nnx"))
+    ]
+
+
+@pytest.mark.parametrize(("name", "system"), _networks())
 def test_a_switched_network_is_as_accurate_as_flaxs(example, name, system):
     """Evaluation, training, gradients, statistics and three steps, each against float64."""
     switch = example("switch")
@@ -90,6 +98,7 @@ def test_the_comparison_finds_a_norm_that_computes_something_else(example):
     assert switch.table({"one": row}).splitlines()[-1].count(" / ") == 5
 
 
+@pytest.mark.slow
 def test_crossq(example, tmp_path, capsys):
     example("crossq").main(["--steps", "600", "--seeds", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -107,6 +116,7 @@ def test_the_pendulum_is_gymnasiums(example):
 
 
 @pytest.mark.skipif(not hasattr(jbn.health, "Monitor"), reason="needs jbn.health.Monitor")
+@pytest.mark.slow
 def test_whole_life(example, tmp_path, capsys):
     example("whole_life").main(["--steps", "2", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
