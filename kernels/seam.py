@@ -61,6 +61,7 @@ class Options(NamedTuple):
     """The static arguments of the four functions; each of them takes some."""
 
     axis: tuple[int, ...]  # feature axes, ascending
+    x_dtype: Any
     activation: Callable | None
     dtype: Any  # of y
     residual_dtype: Any  # of dresidual; None if there is none
@@ -99,7 +100,8 @@ class StatsGradient(NamedTuple):
 # The four functions as data: the fields are the array arguments, and below them stands what one
 # must know to split, batch and type a call.  `like_x` are the arguments that have the shape of x or
 # broadcast to it; all others hold per-channel vectors.  `reduces` is the number of results that are
-# per-channel sums; where it is 0 the results are like x, of the dtypes `result_dtypes`.
+# per-channel sums.  Where it is 0 the results are like x: `results` names their dtypes in Options,
+# and one whose dtype is None does not exist.
 
 
 class FwdStats(NamedTuple):
@@ -113,11 +115,7 @@ class FwdStats(NamedTuple):
     like_x = ("x", "weights")
     options = ("axis",)
     reduces = len(Stats._fields)
-
-    @staticmethod
-    def result_dtypes(x_dtype, options: Options) -> tuple:
-        del x_dtype, options
-        return ()
+    results = ()
 
 
 class FwdApply(NamedTuple):
@@ -131,11 +129,7 @@ class FwdApply(NamedTuple):
     like_x = ("x", "residual")
     options = ("axis", "activation", "dtype")
     reduces = 0
-
-    @staticmethod
-    def result_dtypes(x_dtype, options: Options) -> tuple:
-        del x_dtype
-        return (options.dtype,)
+    results = ("dtype",)
 
 
 class BwdStats(NamedTuple):
@@ -151,11 +145,7 @@ class BwdStats(NamedTuple):
     like_x = ("x", "dy", "saved", "weights")
     options = ("axis", "activation")
     reduces = 2
-
-    @staticmethod
-    def result_dtypes(x_dtype, options: Options) -> tuple:
-        del x_dtype, options
-        return ()
+    results = ()
 
 
 class BwdApply(NamedTuple):
@@ -172,10 +162,7 @@ class BwdApply(NamedTuple):
     like_x = ("x", "dy", "saved", "weights")
     options = ("axis", "activation", "residual_dtype")
     reduces = 0
-
-    @staticmethod
-    def result_dtypes(x_dtype, options: Options) -> tuple:
-        return (x_dtype,) if options.residual_dtype is None else (x_dtype, options.residual_dtype)
+    results = ("x_dtype", "residual_dtype")
 
 
 def reduced_axes(ndim, axis) -> tuple[int, ...]:

@@ -82,7 +82,8 @@ def output(config: Config, y: Array) -> Array:
 
 def _run(config, arguments, residual_dtype=None):
     leaves, tree = jax.tree.flatten(arguments)
-    options = Options(config.axis, config.activation, config.dtype, residual_dtype)
+    dtypes = {"x_dtype": arguments.x.dtype, "dtype": config.dtype, "residual_dtype": residual_dtype}
+    options = Options(config.axis, activation=config.activation, **dtypes)
     on_xla = getattr(arguments, "weights", None) is not None or config.implementation is None
     call = _Call(tree, options, "xla" if on_xla else str(config.implementation))
     mesh = jax.typeof(arguments.x).sharding.mesh
@@ -128,11 +129,8 @@ class _Call(NamedTuple):
 
     def like_x(self) -> list[bool]:
         """For each leaf, whether it is an array like x rather than a per-channel vector."""
-        arguments = self.arguments
-        named = arguments._asdict().items()
-        return jax.tree.leaves(
-            [jax.tree.map(lambda _, k=k: k in arguments.like_x, v) for k, v in named]
-        )
+        named = self.arguments._asdict().items()
+        return [name in self.arguments.like_x for name, v in named for _ in jax.tree.leaves(v)]
 
     @property
     def twin(self) -> Callable:
@@ -153,9 +151,14 @@ class _Call(NamedTuple):
         place = x.sharding.update(spec=PartitionSpec(*(spec[a] for a in self.axis)))
         shape = tuple(x.shape[a] for a in self.axis)
         vector = {"shape": shape, "dtype": accumulator(x.dtype), "sharding": place}
-        dtypes = self.arguments.result_dtypes(x.dtype, self.options)
-        types = [{"dtype": jnp.dtype(d)} for d in dtypes] or [vector] * self.arguments.reduces
+        like_x = [{"dtype": jnp.dtype(dtype)} for dtype in self.dtypes_like_x()]
+        types = like_x or [vector] * self.arguments.reduces
         return [x.update(weak_type=False, **type_) for type_ in types]
+
+    def dtypes_like_x(self) -> list:
+        """The dtypes of the results that are like x: none where all are per-channel sums."""
+        dtypes = [getattr(self.options, name) for name in self.arguments.results]
+        return [dtype for dtype in dtypes if dtype is not None]
 
 
 class _OneKernel(NamedTuple):
@@ -418,10 +421,8 @@ def _specs(call, spec, leaves):
         sharding.like(leaf.shape, shape, spec) if full else vector
         for leaf, full in zip(leaves, call.like_x(), strict=True)
     )
-    count = call.arguments.reduces
-    if count:
-        return operands, [vector] * count
-    return operands, [PartitionSpec(*spec)] * (2 if call.options.residual_dtype else 1)
+    like_x = [PartitionSpec(*spec) for _ in call.dtypes_like_x()]
+    return operands, like_x or [vector] * call.arguments.reduces
 
 
 def _on_shard(call, local, spec, shape, *leaves):
