@@ -34,7 +34,6 @@ __all__ = [
     "unsupported_device",
 ]
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Data-center cards, then the others by series, as CUDA calls them.
 _BEFORE_HOPPER = re.compile(
     r"\b(A(2|10G?|16|30|40|100|800)|L(4|20|40S?)|T4G?|[VP]100S?|P40?)\b"
@@ -47,10 +46,7 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
 
     The reason is a phrase that goes on after "implementation 'mosaic_gpu'".
     """
-    if dtype not in DTYPES:
-        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    reason = pallas.channels_last(shape, axis)
-    if reason is not None:
+    if reason := gpu.unsupported(shape, dtype, axis, blocks.warp_lanes):
         return reason
     channels = shape[-1]
     rows = math.prod(shape[:-1])

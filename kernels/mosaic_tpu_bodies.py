@@ -199,12 +199,14 @@ def _place(blocks):
     here_inner = jnp.minimum(left_inner, blocks.block_inner)
     # All inner blocks of an outer row come before the next outer row; there are several inner
     # blocks only where a block has one outer row.
-    before = i * (blocks.block_outer * blocks.inner) + j * blocks.block_inner
     to_float = lambda n: n.astype(jnp.float32)
+    # In float32, because an int32 ends at 2^31 rows.
+    before = to_float(i) * float(blocks.block_outer * blocks.inner)
+    before += to_float(j) * float(blocks.block_inner)
     return _Place(
         (i == 0) & (j == 0),
         to_float(here_outer * here_inner),
-        to_float(before),
+        before,
         left_outer,
         left_inner,
     )

@@ -24,7 +24,6 @@ from jbn.kernels import shared_pallas as pallas
 from jbn.kernels.blocks import Tiles
 from jbn.kernels.seam import Affine, pre_activation, through_activation
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Data-center cards, then the others by series, as CUDA calls them.
 _BEFORE_AMPERE = re.compile(
     r"\b(T4G?|[MPV]100S?|[MP](4|6|10|40|60))\b|\b(RTX 20\d{2}|Quadro RTX|GTX|TITAN)\b"
@@ -36,9 +35,7 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
 
     The reason is a phrase that goes on after "implementation 'triton'".
     """
-    if dtype not in DTYPES:
-        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    return pallas.channels_last(shape, axis)
+    return gpu.unsupported(shape, dtype, axis, blocks.lanes)
 
 
 def unsupported_device(kind: str) -> str | None:
