@@ -22,6 +22,7 @@ from jbn.kernels.blocks import PipelineTiles
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
 from jbn.kernels.mosaic_gpu_launch import call
 from jbn.kernels.mosaic_gpu_pipeline import Pipeline
+from jbn.kernels.seam import StatsGradient
 
 __all__ = [
     "bwd_apply",
@@ -117,8 +118,8 @@ def _bwd_apply_kernel(
     arrays, vectors_ref, results = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     pipeline = Pipeline.begin(tiles, arrays, **in_flight)
     affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
-    slope, intercept = (pipeline.spread(vectors.at[k]) for k in (3, 4))
-    dx_dz = pipelines.dx_dz_of(affine, slope, intercept, activation)
+    stats_gradient = StatsGradient(*(pipeline.spread(vectors.at[k]) for k in (3, 4)))
+    dx_dz = pipelines.dx_dz_of(affine, stats_gradient, activation)
     pipeline.map(dx_dz, result_slots, results)
 
 

@@ -229,6 +229,18 @@ def pre_activation(x, affine: Affine, residual=None):
     return z if residual is None else z + residual
 
 
+def input_cotangent(x, dz, affine: Affine, stats_gradient: StatsGradient | None, weights=None):
+    """dx in the accumulator's dtype; x and the vectors are already broadcastable.
+
+    x - shift comes first: it is exact where x is near the mean.
+    """
+    dx = affine.gain * dz
+    if stats_gradient is None:
+        return dx
+    through = (x - affine.shift) * stats_gradient.slope + stats_gradient.intercept
+    return dx + (through if weights is None else through * weights)
+
+
 def through_activation(x, dy, affine: Affine, saved, activation):
     """dz = activation'(z) * dy, with z from the very expression of the forward pass.
 

@@ -16,6 +16,7 @@ from jbn.kernels.seam import (
     accumulator,
     barrier,
     broadcastable,
+    input_cotangent,
     is_counted,
     num_values,
     pre_activation,
@@ -88,12 +89,8 @@ def bwd_apply(
     acc = accumulator(x.dtype)
     dtype = x.dtype
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = _vectors(affine, x.ndim, axis).gain * dz.astype(acc)
-    if stats_gradient is not None:
-        # (x - shift) first: it is exact where x is near the mean.
-        through_mean = Affine(affine.shift, stats_gradient.slope, stats_gradient.intercept)
-        through = pre_activation(x.astype(acc), _vectors(through_mean, x.ndim, axis))
-        dx = dx + (through if weights is None else through * weights.astype(acc))
+    vectors = _vectors((affine, stats_gradient), x.ndim, axis)
+    dx = input_cotangent(x.astype(acc), dz.astype(acc), *vectors, _cast(weights, acc))
     return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
@@ -175,9 +172,9 @@ def _read_twice(dy):
 _read_twice.defjvp(lambda primals, tangents: (_read_twice(*primals), *tangents))
 
 
-def _vectors(affine, ndim, axis):
-    """The vectors behind barriers; XLA would compute them again for each element of x."""
-    return broadcastable(barrier(affine), ndim, axis)
+def _vectors(vectors, ndim, axis):
+    """Vectors (a pytree) behind barriers; XLA would compute them again for each element of x."""
+    return broadcastable(barrier(vectors), ndim, axis)
 
 
 def _isolate(depth, *values):
