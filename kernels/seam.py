@@ -47,7 +47,9 @@ from jax import Array, lax
 # Their derivative is the same at y = activation(z) as at z. So y, which the next layer keeps
 # anyway, can stand in for z in the backward pass.
 SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
-FUSED = (*SIGN_PRESERVING, jax.nn.silu, jax.nn.gelu)
+FUSED = (*SIGN_PRESERVING, jax.nn.relu6, jax.nn.silu, jax.nn.gelu)
+# Their derivative is 0, 1 or, at a kink, 1/2: no digit of dy is lost in dy's own dtype.
+MASKING = (jax.nn.relu, jax.nn.relu6)
 
 
 class Device(NamedTuple):

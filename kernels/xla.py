@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn.kernels.seam import (
+    MASKING,
     Affine,
     Stats,
     StatsGradient,
@@ -152,8 +153,7 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         dz = through_activation(
             x.astype(acc), arriving, _vectors(affine, x.ndim, axis), saved, activation
         )
-        # Relu's mask only keeps or drops; another derivative keeps its digits.
-        dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
+        dz = dz.astype(dy.dtype) if activation in MASKING else dz
     if weights is not None:
         dz = jnp.where(~is_counted(weights) & ~jnp.isfinite(dz), 0, dz)
     return dz if dz is dy else lax.optimization_barrier(dz)

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jbn.kernels import xla
 from jbn.kernels.seam import (
+    MASKING,
     SIGN_PRESERVING,
     Affine,
     Stats,
@@ -97,7 +98,7 @@ def bwd_stats(
         for depth in (1, 2)
     ]
     centered = x.astype(acc) - broadcastable(affine.shift, x.ndim, axis)
-    if activation is jax.nn.relu and saved is None:
+    if activation in MASKING and saved is None:
         # This changes nothing: dz is zero where x is NaN. But if the first sum needed x for its
         # mask alone, XLA would write the mask in the forward pass, a byte for each element.
         dz[0] = jnp.where(jnp.isnan(centered), 0, dz[0])

@@ -77,12 +77,7 @@ def _parser():
     )
     names = ", ".join(targets.TARGETS)
     add("--target", nargs="+", default=["cpu"], help=f"{names}; GPUs and TPUs need the extra aot")
-    add(
-        "--batch",
-        type=int,
-        help="images in a train step (default: 128, or 16 of a network with "
-        "depthwise convolutions)",
-    )
+    add("--batch", type=int, default=128, help="images in a train step")
     add("--side", type=int, default=224, help="their height and width")
     add("--part", choices=("layer", "model"), help="only the layer, or only the train steps")
     _add_networks(add)
@@ -193,8 +188,7 @@ def _traffic_of_layers(target, options):
 def _traffic_of_model(target, options):
     rows = []
     for network in options.network:
-        batch = options.batch or traffic.batch_for(network)
-        found = traffic.model_rows(target, batch=batch, side=options.side, network=network)
+        found = traffic.model_rows(target, batch=options.batch, side=options.side, network=network)
         rows += [row for row in report.progress(found, 2) if _matches(options.filter, row)]
     print(
         f"target {target}: a train step in bfloat16. Products are convolutions and matrix "

@@ -86,16 +86,6 @@ def model_row(
     }
 
 
-def batch_for(network: str) -> int:
-    """Images in a train step: few enough that it compiles within minutes.
-
-    XLA takes 1.1 minutes to choose algorithms for the depthwise convolutions of MobileNetV2 for an
-    H200 with 16 images, and over 10 with 128.  All of a step's tensors but the parameters grow with
-    the batch, so the ratios hardly depend on it.
-    """
-    return 128 if network == "resnet50" else 16
-
-
 def model_rows(target: str, *, batch: int, side: int, network: str = "resnet50") -> Iterator[dict]:
     """One row for each library."""
     reference = None

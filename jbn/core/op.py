@@ -36,6 +36,7 @@ from jbn.kernels.seam import (
     Stats,
     accumulator,
     broadcastable,
+    num_values,
 )
 
 # The Pallas backends and where each runs. None of them has been measured on a card or chip yet, so
@@ -51,7 +52,8 @@ def fwd_stats(config: Config, x: Array, shift: Array, weights: Array | None) -> 
         return local
     # Without weights the count is known while tracing. Using the constant spares an all-gather over
     # sharded channels where somebody asks whether any channel has counted anything.
-    return local._replace(count=stats.count(x, config.axis))
+    count = jnp.full(local.shift.shape, num_values(x, config.axis), local.shift.dtype)
+    return local._replace(count=count)
 
 
 def fwd_apply(config: Config, arguments: FwdApply) -> Array:

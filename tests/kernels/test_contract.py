@@ -48,12 +48,13 @@ class Case(NamedTuple):
 
 CASES = [
     Case((37, 24), "float32", None, True),
+    Case((48, 16), "float32", "relu6", True),
     Case((5, 7, 6, 40), "bfloat16", "relu", True),
     Case((63, 64), "float32", "relu", False),
     Case((130, 8), "bfloat16", "silu", False),
     Case((64, 3), "float16", "gelu", True),
     Case((99, 80), "float32", "leaky_relu", True),
-    Case((16, 320), "bfloat16", None, False),
+    Case((16, 320), "bfloat16", "relu6", False),
     Case((2, 1000), "float32", "silu", True),
     Case((3, 12, 200), "float16", "relu", True),
     Case((24,), "float32", "relu", True),
