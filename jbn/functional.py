@@ -94,7 +94,7 @@ def batch_norm_train(
             element of weight zero influences neither the statistics nor any gradient, even if it is
             NaN. No gradient flows to the weights.
         residual: array like x, added before the activation.
-        activation: elementwise function. jax.nn.relu, leaky_relu, silu and gelu are fused; any
+        activation: elementwise function. jax.nn.relu, leaky_relu, relu6, silu, gelu are fused; any
             other runs after.
         axis_name: mapped axis or axes (shard_map, pmap, vmap) over which the batch is spread.
         axis_index_groups: groups of indices along axis_name to be normalized apart.

@@ -45,8 +45,8 @@ class BatchNorm(nnx.BatchNorm):
             variables hold no count.
 
     Arguments that flax's does not have:
-        activation: elementwise function, applied last. jax.nn.relu, leaky_relu, silu and gelu are
-            fused.
+        activation: elementwise function, applied last. jax.nn.relu, leaky_relu, relu6, silu, gelu
+            are fused.
         virtual_batch_size: examples along axis 0 that are normalized together (ghost batches); None
             for all.
         unbiased: keep n / (n - 1) times the variance in var, as PyTorch does, where a count n of at

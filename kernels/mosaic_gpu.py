@@ -22,6 +22,7 @@ from jbn.kernels.blocks import PipelineTiles
 from jbn.kernels.mosaic_gpu_fused import bwd_fused, fwd_fused
 from jbn.kernels.mosaic_gpu_launch import call
 from jbn.kernels.mosaic_gpu_pipeline import Pipeline
+from jbn.kernels.seam import StatsGradient
 
 __all__ = [
     "bwd_apply",
@@ -34,7 +35,6 @@ __all__ = [
     "unsupported_device",
 ]
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Data-center cards, then the others by series, as CUDA calls them.
 _BEFORE_HOPPER = re.compile(
     r"\b(A(2|10G?|16|30|40|100|800)|L(4|20|40S?)|T4G?|[VP]100S?|P40?)\b"
@@ -47,10 +47,7 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
 
     The reason is a phrase that goes on after "implementation 'mosaic_gpu'".
     """
-    if dtype not in DTYPES:
-        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    reason = pallas.channels_last(shape, axis)
-    if reason is not None:
+    if reason := gpu.unsupported(shape, dtype, axis, blocks.warp_lanes):
         return reason
     channels = shape[-1]
     rows = math.prod(shape[:-1])
@@ -121,8 +118,8 @@ def _bwd_apply_kernel(
     arrays, vectors_ref, results = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     pipeline = Pipeline.begin(tiles, arrays, **in_flight)
     affine = pipeline.load_affine(vectors_ref, vectors, vectors_barrier)
-    slope, intercept = (pipeline.spread(vectors.at[k]) for k in (3, 4))
-    dx_dz = pipelines.dx_dz_of(affine, slope, intercept, activation)
+    stats_gradient = StatsGradient(*(pipeline.spread(vectors.at[k]) for k in (3, 4)))
+    dx_dz = pipelines.dx_dz_of(affine, stats_gradient, activation)
     pipeline.map(dx_dz, result_slots, results)
 
 

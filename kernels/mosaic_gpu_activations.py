@@ -46,6 +46,15 @@ def _leaky_relu_cotangent(z, dy):
     return jnp.where(z >= 0, dy, _LEAK * dy)
 
 
+def _relu6(z):
+    return jnp.minimum(jnp.maximum(z, 0.0), 6.0)
+
+
+def _relu6_cotangent(z, dy):
+    at_kink = (z == 0.0) | (z == 6.0)
+    return jnp.where((z < 0.0) | (z > 6.0), 0.0, jnp.where(at_kink, 0.5 * dy, dy))
+
+
 def _silu(z):
     return z * lax.logistic(z)
 
@@ -72,12 +81,14 @@ def _gelu_inner(z):
 _VALUES = {
     jax.nn.relu: _relu,
     jax.nn.leaky_relu: _leaky_relu,
+    jax.nn.relu6: _relu6,
     jax.nn.silu: _silu,
     jax.nn.gelu: _gelu,
 }
 _COTANGENTS = {
     jax.nn.relu: _relu_cotangent,
     jax.nn.leaky_relu: _leaky_relu_cotangent,
+    jax.nn.relu6: _relu6_cotangent,
     jax.nn.silu: _silu_cotangent,
     jax.nn.gelu: _gelu_cotangent,
 }

@@ -29,7 +29,7 @@ from jbn.kernels import shared_gpu as gpu
 from jbn.kernels.blocks import PipelineTiles
 from jbn.kernels.mosaic_gpu_launch import call
 from jbn.kernels.mosaic_gpu_pipeline import Pipeline, column_sum, load, store
-from jbn.kernels.seam import Affine, Device, Stats
+from jbn.kernels.seam import Affine, Device, Stats, StatsGradient
 
 
 def _fwd_fused_kernel(
@@ -87,7 +87,7 @@ def _bwd_fused_kernel(
     intercept = 1 / tiles.rows * (dmean - affine.gain * sum_dz) - slope * offset
     totals = (sum_dz_ref, sum_dz_x_ref)
     pl.when(pipeline.chunk == 0)(lambda: pipeline.store_totals(vectors, totals))
-    dx_dz = pipelines.dx_dz_of(affine, slope, intercept, activation)
+    dx_dz = pipelines.dx_dz_of(affine, StatsGradient(slope, intercept), activation)
     pipeline.begin_again().map(dx_dz, result_slots, results)
 
 

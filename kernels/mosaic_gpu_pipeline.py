@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jbn.kernels import blocks
 from jbn.kernels import mosaic_gpu_activations as activations
 from jbn.kernels.blocks import PipelineTiles
-from jbn.kernels.seam import SIGN_PRESERVING, Affine, pre_activation
+from jbn.kernels.seam import SIGN_PRESERVING, Affine, input_cotangent, pre_activation
 
 
 class Pipeline(NamedTuple):
@@ -244,12 +244,12 @@ def y_of(affine, activation):
     )
 
 
-def dx_dz_of(affine, slope, intercept, activation):
+def dx_dz_of(affine, stats_gradient, activation):
     """The function from x, dy and what was saved to (dx, dz), for `Pipeline.map`."""
 
     def dx_dz(x, dy, *saved):
         dz = _dz(x, dy, affine, saved, activation)
-        return affine.gain * dz + ((x - affine.shift) * slope + intercept), dz
+        return input_cotangent(x, dz, affine, stats_gradient), dz
 
     return dx_dz
 

@@ -24,14 +24,17 @@ from jbn.kernels import mosaic_tpu_bodies as bodies
 from jbn.kernels.mosaic_tpu_blocks import RowBlocks
 from jbn.kernels.seam import Affine, Device, Stats, StatsGradient
 from jbn.kernels.shared_gpu import launch_primitive
-from jbn.kernels.shared_pallas import channels_last, out_like
+from jbn.kernels.shared_pallas import channels_last, out_like, too_long
 
 
 def unsupported(shape: tuple[int, ...], dtype, axis: tuple[int, ...]) -> str | None:
     """Why these kernels cannot take x, or None."""
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16, not {jnp.dtype(dtype).name}"
-    return channels_last(shape, axis)
+    if reason := channels_last(shape, axis):
+        return reason
+    blocks = mosaic_tpu_blocks.stream(shape, jnp.dtype(dtype).itemsize)
+    return too_long(blocks.outer, blocks.inner, blocks.channels)
 
 
 def unsupported_device(kind: str) -> str | None:

@@ -135,6 +135,8 @@ def _memory(shape):
     that axis can join the outer rows.
     """
     last = len(shape) - 1
+    if last == 0:
+        return (0,), True, 1, 1, shape[0]
     pairs = itertools.permutations(range(last, -1, -1), 2)
     minor, second = min(
         pairs, key=lambda pair: _waste(shape[pair[1]], SUBLANES) * _waste(shape[pair[0]], LANES)

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from jbn.kernels.seam import Affine, pre_activation, through_activation
+from jbn.kernels.seam import (
+    Affine,
+    StatsGradient,
+    input_cotangent,
+    pre_activation,
+    through_activation,
+)
 
 
 def fwd_stats(x_ref, shift_ref, offset_ref, m2_ref, *, blocks):
@@ -92,16 +98,14 @@ def bwd_apply(
     activation,
 ):
     affine = Affine(*_vectors(affine_ref))
-    through_stats = (
-        None if stats_gradient_ref is None else Affine(affine.shift, *_vectors(stats_gradient_ref))
-    )
+    stats_gradient = None
+    if stats_gradient_ref is not None:
+        stats_gradient = StatsGradient(*_vectors(stats_gradient_ref))
 
     def body(at):
         x, dy, saved = (_load(ref, at) for ref in (x_ref, dy_ref, saved_ref))
         dz = through_activation(x, dy, affine, saved, activation)
-        dx = affine.gain * dz
-        if through_stats is not None:
-            dx = dx + pre_activation(x, through_stats)
+        dx = input_cotangent(x, dz, affine, stats_gradient)
         dx_ref[at] = dx.astype(dx_ref.dtype)
         if dresidual_ref is not None:
             dresidual_ref[at] = dz.astype(dresidual_ref.dtype)
@@ -199,12 +203,14 @@ def _place(blocks):
     here_inner = jnp.minimum(left_inner, blocks.block_inner)
     # All inner blocks of an outer row come before the next outer row; there are several inner
     # blocks only where a block has one outer row.
-    before = i * (blocks.block_outer * blocks.inner) + j * blocks.block_inner
     to_float = lambda n: n.astype(jnp.float32)
+    # In float32, because an int32 ends at 2^31 rows.
+    before = to_float(i) * float(blocks.block_outer * blocks.inner)
+    before += to_float(j) * float(blocks.block_inner)
     return _Place(
         (i == 0) & (j == 0),
         to_float(here_outer * here_inner),
-        to_float(before),
+        before,
         left_outer,
         left_inner,
     )

@@ -47,7 +47,9 @@ from jax import Array, lax
 # Their derivative is the same at y = activation(z) as at z. So y, which the next layer keeps
 # anyway, can stand in for z in the backward pass.
 SIGN_PRESERVING = (jax.nn.relu, jax.nn.leaky_relu)
-FUSED = (*SIGN_PRESERVING, jax.nn.silu, jax.nn.gelu)
+FUSED = (*SIGN_PRESERVING, jax.nn.relu6, jax.nn.silu, jax.nn.gelu)
+# Their derivative is 0, 1 or, at a kink, 1/2: no digit of dy is lost in dy's own dtype.
+MASKING = (jax.nn.relu, jax.nn.relu6)
 
 
 class Device(NamedTuple):
@@ -214,6 +216,18 @@ def pre_activation(x, affine: Affine, residual=None):
     """z of x in the accumulator's dtype; x and the vectors are already broadcastable."""
     z = (x - affine.shift) * affine.gain + affine.bias
     return z if residual is None else z + residual
+
+
+def input_cotangent(x, dz, affine: Affine, stats_gradient: StatsGradient | None, weights=None):
+    """dx in the accumulator's dtype; x and the vectors are already broadcastable.
+
+    x - shift comes first: it is exact where x is near the mean.
+    """
+    dx = affine.gain * dz
+    if stats_gradient is None:
+        return dx
+    through = (x - affine.shift) * stats_gradient.slope + stats_gradient.intercept
+    return dx + (through if weights is None else through * weights)
 
 
 def through_activation(x, dy, affine: Affine, saved, activation):

@@ -5,6 +5,7 @@ becomes a primitive of JAX.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -143,6 +144,19 @@ class Backend(NamedTuple):
         channels = x.shape[-1]
         factor = pallas.widening(x.size // channels, channels, self.lanes(x.dtype.itemsize))
         return [pallas.widen(a, factor) for a in (x, *others) if a is not None], factor
+
+
+def unsupported(
+    shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...], lanes: Callable[[int], int]
+) -> str | None:
+    """Why no kernel with such `lanes` (see `Backend`) can take such an x, or None."""
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if reason := pallas.channels_last(shape, axis):
+        return reason
+    rows, channels = math.prod(shape[:-1]), shape[-1]
+    factor = pallas.widening(rows, channels, lanes(jnp.dtype(dtype).itemsize))
+    return pallas.too_long(rows // factor, factor * channels)
 
 
 def cotangent_dtypes(

@@ -10,6 +10,10 @@ from jax.sharding import ManualAxisType
 
 from jbn.kernels.seam import Stats, round_shift
 
+# Kernels number the rows and channels of an array in int32. The last program's tiles may reach
+# beyond the end of the array, but by fewer than 2^20.
+MAX_SIZE = 2**31 - 2**20
+
 
 def out_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """The type of a result that varies over the same manual mesh axes as x.
@@ -28,6 +32,16 @@ def channels_last(shape: tuple[int, ...], axis: tuple[int, ...]) -> str | None:
     if axis != (len(shape) - 1,):
         return f"takes channels last, not axis {axis} of {len(shape)}"
     return "has nothing to do on an empty array" if 0 in shape else None
+
+
+def too_long(*sizes: int) -> str | None:
+    """Why a kernel cannot number the rows and channels of an array of these sizes, or None."""
+    if max(sizes) <= MAX_SIZE:
+        return None
+    return (
+        f"numbers rows and channels in int32, and takes at most {MAX_SIZE} of them in one "
+        f"dimension, not {max(sizes)}"
+    )
 
 
 def widening(rows: int, channels: int, lanes: int) -> int:

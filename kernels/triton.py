@@ -22,9 +22,14 @@ from jbn.kernels import blocks
 from jbn.kernels import shared_gpu as gpu
 from jbn.kernels import shared_pallas as pallas
 from jbn.kernels.blocks import Tiles
-from jbn.kernels.seam import Affine, pre_activation, through_activation
+from jbn.kernels.seam import (
+    Affine,
+    StatsGradient,
+    input_cotangent,
+    pre_activation,
+    through_activation,
+)
 
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Data-center cards, then the others by series, as CUDA calls them.
 _BEFORE_AMPERE = re.compile(
     r"\b(T4G?|[MPV]100S?|[MP](4|6|10|40|60))\b|\b(RTX 20\d{2}|Quadro RTX|GTX|TITAN)\b"
@@ -36,9 +41,7 @@ def unsupported(shape: tuple[int, ...], dtype: Any, axis: tuple[int, ...]) -> st
 
     The reason is a phrase that goes on after "implementation 'triton'".
     """
-    if dtype not in DTYPES:
-        return f"takes float32, bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    return pallas.channels_last(shape, axis)
+    return gpu.unsupported(shape, dtype, axis, blocks.lanes)
 
 
 def unsupported_device(kind: str) -> str | None:
@@ -109,13 +112,11 @@ def _bwd_apply_kernel(*refs, tiles: Tiles, activation, num_inputs):
     )
     program = _Program.of_this_launch(tiles)
     affine = program.load_affine(vectors_ref)
-    slope, intercept = program.load_vectors(vectors_ref, 3, 5)
+    stats_gradient = StatsGradient(*program.load_vectors(vectors_ref, 3, 5))
     loaded = [[program.load(ref, t) for ref in arrays] for t in range(tiles.num_tiles)]
     for t, (x, dy, *saved) in enumerate(loaded):
         dz = _dz(x, dy, affine, saved, activation)
-        program.store(
-            dx_ref, t, affine.gain * dz + ((_float32(x) - affine.shift) * slope + intercept)
-        )
+        program.store(dx_ref, t, input_cotangent(_float32(x), dz, affine, stats_gradient))
         for dz_ref in dz_refs:
             program.store(dz_ref, t, dz)
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn.kernels.seam import (
+    MASKING,
     Affine,
     Stats,
     StatsGradient,
     accumulator,
     barrier,
     broadcastable,
+    input_cotangent,
     is_counted,
     num_values,
     pre_activation,
@@ -88,12 +90,8 @@ def bwd_apply(
     acc = accumulator(x.dtype)
     dtype = x.dtype
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = _vectors(affine, x.ndim, axis).gain * dz.astype(acc)
-    if stats_gradient is not None:
-        # (x - shift) first: it is exact where x is near the mean.
-        through_mean = Affine(affine.shift, stats_gradient.slope, stats_gradient.intercept)
-        through = pre_activation(x.astype(acc), _vectors(through_mean, x.ndim, axis))
-        dx = dx + (through if weights is None else through * weights.astype(acc))
+    vectors = _vectors((affine, stats_gradient), x.ndim, axis)
+    dx = input_cotangent(x.astype(acc), dz.astype(acc), *vectors, _cast(weights, acc))
     return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
@@ -155,8 +153,7 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         dz = through_activation(
             x.astype(acc), arriving, _vectors(affine, x.ndim, axis), saved, activation
         )
-        # Relu's mask only keeps or drops; another derivative keeps its digits.
-        dz = dz.astype(dy.dtype) if activation is jax.nn.relu else dz
+        dz = dz.astype(dy.dtype) if activation in MASKING else dz
     if weights is not None:
         dz = jnp.where(~is_counted(weights) & ~jnp.isfinite(dz), 0, dz)
     return dz if dz is dy else lax.optimization_barrier(dz)
@@ -175,9 +172,9 @@ def _read_twice(dy):
 _read_twice.defjvp(lambda primals, tangents: (_read_twice(*primals), *tangents))
 
 
-def _vectors(affine, ndim, axis):
-    """The vectors behind barriers; XLA would compute them again for each element of x."""
-    return broadcastable(barrier(affine), ndim, axis)
+def _vectors(vectors, ndim, axis):
+    """Vectors (a pytree) behind barriers; XLA would compute them again for each element of x."""
+    return broadcastable(barrier(vectors), ndim, axis)
 
 
 def _isolate(depth, *values):

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jbn.kernels import xla
 from jbn.kernels.seam import (
+    MASKING,
     SIGN_PRESERVING,
     Affine,
     Stats,
@@ -20,6 +21,7 @@ from jbn.kernels.seam import (
     accumulator,
     barrier,
     broadcastable,
+    input_cotangent,
     num_values,
     pre_activation,
     reduced_axes,
@@ -95,9 +97,12 @@ def bwd_stats(
         _cotangent(x, dy, _own(depth, affine), saved, axis, activation).astype(acc)
         for depth in (1, 2)
     ]
-    sum_dz = dz[0].sum(reduced)
-    sum_dz_x = (dz[1] * (x.astype(acc) - broadcastable(affine.shift, x.ndim, axis))).sum(reduced)
-    return sum_dz, sum_dz_x
+    centered = x.astype(acc) - broadcastable(affine.shift, x.ndim, axis)
+    if activation in MASKING and saved is None:
+        # This changes nothing: dz is zero where x is NaN. But if the first sum needed x for its
+        # mask alone, XLA would write the mask in the forward pass, a byte for each element.
+        dz[0] = jnp.where(jnp.isnan(centered), 0, dz[0])
+    return dz[0].sum(reduced), (dz[1] * centered).sum(reduced)
 
 
 def bwd_apply(
@@ -123,10 +128,8 @@ def bwd_apply(
         )
     acc = accumulator(x.dtype)
     dz = _cotangent(x, dy, _own(3, affine), saved, axis, activation)
-    dx = broadcastable(affine.gain, x.ndim, axis) * dz.astype(acc)
-    if stats_gradient is not None:
-        through_mean = Affine(affine.shift, stats_gradient.slope, stats_gradient.intercept)
-        dx = dx + pre_activation(x.astype(acc), broadcastable(through_mean, x.ndim, axis))
+    vectors = broadcastable((affine, stats_gradient), x.ndim, axis)
+    dx = input_cotangent(x.astype(acc), dz.astype(acc), *vectors)
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 

@@ -19,6 +19,7 @@ from jbn.kernels.seam import (
     StatsGradient,
     accumulator,
     broadcastable,
+    input_cotangent,
     is_counted,
     num_values,
     pre_activation,
@@ -106,11 +107,9 @@ def bwd_apply(
     """
     acc = accumulator(x.dtype)
     dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    dx = broadcastable(affine.gain, x.ndim, axis) * dz.astype(acc)
-    if stats_gradient is not None:
-        slope, intercept = broadcastable(stats_gradient, x.ndim, axis)
-        through = (x.astype(acc) - broadcastable(affine.shift, x.ndim, axis)) * slope + intercept
-        dx = dx + (through if weights is None else through * weights.astype(acc))
+    vectors = broadcastable((affine, stats_gradient), x.ndim, axis)
+    weights = None if weights is None else weights.astype(acc)
+    dx = input_cotangent(x.astype(acc), dz.astype(acc), *vectors, weights)
     return dx.astype(x.dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 

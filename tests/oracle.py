@@ -185,13 +185,15 @@ def running(state, m, momentum=0.99, unbiased=False, skip_nonfinite=False):
 
 
 def activate(z, activation):
-    """None, relu, leaky_relu (slope 0.01), silu, or gelu by its tanh approximation."""
+    """None, relu, leaky_relu (slope 0.01), relu6, silu, or gelu by its tanh approximation."""
     if activation is None:
         return z
     if activation == "relu":
         return np.where(z > 0, z, 0)
     if activation == "leaky_relu":
         return np.where(z >= 0, z, 0.01 * z)
+    if activation == "relu6":
+        return np.clip(z, 0, 6)
     if activation == "silu":
         return z * _sigmoid(z)
     if activation == "gelu":
@@ -207,6 +209,8 @@ def activation_derivative(z, activation):
         return np.where(z > 0, 1.0, 0.0)
     if activation == "leaky_relu":
         return np.where(z >= 0, 1.0, 0.01)
+    if activation == "relu6":
+        return np.where((z > 0) & (z < 6), 1.0, 0.0)
     if activation == "silu":
         return _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))
     if activation == "gelu":

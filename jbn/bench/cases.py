@@ -15,9 +15,9 @@ _PASSES = {
     "bn": {"forward": (3, 2), "forward_backward": (8, 5), "eval": (2, 2)},
     # The mask of relu is recomputed from x.
     "bn_relu": {"forward": (3, 2), "forward_backward": (8, 5), "eval": (2, 2)},
-    # forward: also read the residual.  backward: read x, dy, y, write dz (the residual's gradient);
-    # read x, dz, write dx.
-    "bn_add_relu": {"forward": (4, 3), "forward_backward": (11, 8), "eval": (3, 3)},
+    # forward: also read the residual.  backward: also write dz, the residual's gradient.  The mask,
+    # as bits, is a sixteenth of a pass or less.
+    "bn_add_relu": {"forward": (4, 3), "forward_backward": (10, 7), "eval": (3, 3)},
 }
 
 

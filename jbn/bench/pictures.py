@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jbn.bench.report import Row
+from jbn.plot import COLORS
 
 CUT = 3  # longer bars end here, and their labels say how long they would be
-JBN, ROOF = "#c44e52", "#4c72b0"
+JBN, ROOF = COLORS["jbn"], COLORS["without"]
 # jbn's kernels beside its default, whose color is JBN.
-_KERNELS = {"triton": "#dd8452", "mosaic_gpu": "#8172b3", "mosaic_tpu": "#8172b3"}
+_KERNELS = {"triton": COLORS["other"], "mosaic_gpu": "#8172b3", "mosaic_tpu": "#8172b3"}
 _OPERATIONS = {
     "bn": "batch norm",
     "bn_relu": "BN + ReLU",
@@ -117,11 +118,13 @@ def _peer(row):
 
 
 def _color(name, index, count):
-    """jbn is red, flax dark grey, its kernels have their own colors, the others shades of grey."""
+    """jbn and flax as in every picture; kernels have colors of their own, others shades of grey."""
     library, _, implementation = name.partition(" ")
     if library == "jbn" or library in _KERNELS:
         return _KERNELS.get(implementation or library, JBN)
-    return "0.4" if library.startswith("flax") else f"{0.55 + 0.35 * index / max(1, count):.2f}"
+    if library.startswith("flax"):
+        return COLORS["peer"]
+    return f"{0.65 + 0.25 * index / max(1, count):.2f}"
 
 
 def _bars(axes, rows, series, value, form, *, peer=None, cut=None):

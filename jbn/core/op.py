@@ -36,6 +36,7 @@ from jbn.kernels.seam import (
     Stats,
     accumulator,
     broadcastable,
+    num_values,
 )
 
 # The Pallas backends and where each runs. None of them has been measured on a card or chip yet, so
@@ -51,7 +52,8 @@ def fwd_stats(config: Config, x: Array, shift: Array, weights: Array | None) -> 
         return local
     # Without weights the count is known while tracing. Using the constant spares an all-gather over
     # sharded channels where somebody asks whether any channel has counted anything.
-    return local._replace(count=stats.count(x, config.axis))
+    count = jnp.full(local.shift.shape, num_values(x, config.axis), local.shift.dtype)
+    return local._replace(count=count)
 
 
 def fwd_apply(config: Config, arguments: FwdApply) -> Array:
@@ -267,7 +269,7 @@ def _program(call: _Call | _OneKernel, module: Any, avals: Any, is_spread: bool)
     x = avals[0]
     local = _local(call, module, x)
     kinds = x.sharding.mesh.axis_types
-    if AxisType.Manual not in kinds and AxisType.Explicit in kinds:
+    if AxisType.Explicit in kinds:
         return functools.partial(_over_explicit_mesh, call, local)
     # On TPU there is no hook to ask through how x is split (jax#38196), nor in what is exported.
     # There XLA splits the local program, and TPU merges the all-reduces that this makes.
@@ -297,14 +299,26 @@ def _local(call, module, x):
             return call.on(PLACEMENTS.get(platforms[0], xla))
         placed = {platform: call.on(module) for platform, module in PLACEMENTS.items()}
         return lambda *leaves: lax.platform_dependent(*leaves, default=call.on(xla), **placed)
+    _refuse_unsupported(call, x)
+    _refuse_elsewhere(call.implementation, platforms)
     kernels = importlib.import_module(f"jbn.kernels.{backend}")
-    reason = kernels.unsupported(x.shape[call.mapped :], x.dtype, call.options.axis)
-    if reason is not None:
+    return call.on(kernels, interpret=bool(interpret))
+
+
+def _unsupported(call, x):
+    """Why the kernel that was asked for cannot take x or a shard of it, or None."""
+    backend, _, _ = call.implementation.partition("/")
+    if backend == "xla":
+        return None
+    kernels = importlib.import_module(f"jbn.kernels.{backend}")
+    return kernels.unsupported(x.shape[call.mapped :], x.dtype, call.options.axis)
+
+
+def _refuse_unsupported(call, x):
+    if reason := _unsupported(call, x):
         raise NotImplementedError(
             f"implementation {call.implementation!r} {reason}: use implementation=None"
         )
-    _refuse_elsewhere(call.implementation, platforms)
-    return call.on(kernels, interpret=bool(interpret))
 
 
 def _refuse_elsewhere(implementation, platforms):
@@ -353,8 +367,13 @@ def _over_explicit_mesh(call, local, *leaves):
         jax.reshard(leaf, NamedSharding(mesh, spec))
         for leaf, spec in zip(leaves, in_specs, strict=True)
     ]
+
+    def on_shard(*shards):
+        _refuse_unsupported(call, shards[0])
+        return _on_shard(call, local, spec, x.shape, *shards)
+
     return jax.shard_map(
-        functools.partial(_on_shard, call, local, spec, x.shape),
+        on_shard,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -367,7 +386,7 @@ def _over_devices(call, local, *leaves):
     """Ask the compiler how x is split, and give it the program of one shard.
 
     XLA's own partitioner would do where x is split along one reduced axis; along two of them it
-    makes an all-reduce for each.
+    makes an all-reduce for each.  A shard that the kernel cannot take is left to XLA.
     """
     like_x, shape = call.like_x(), leaves[0].shape
 
@@ -376,7 +395,12 @@ def _over_devices(call, local, *leaves):
         mesh, spec = sharding.prime_mesh(operands[0].sharding, len(shape))
         in_specs, out_specs = _specs(call, spec, operands)
         place = lambda specs: [NamedSharding(mesh, spec) for spec in specs]
-        on_shard = functools.partial(_on_shard, call, local, spec, shape)
+
+        def on_shard(*shards):
+            # An exception would become an internal error of XLA here.
+            run = call.on(xla) if _unsupported(call, shards[0]) else local
+            return _on_shard(call, run, spec, shape, *shards)
+
         return mesh, on_shard, place(out_specs), tuple(place(in_specs))
 
     def rule(mesh, operands, results):

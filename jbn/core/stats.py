@@ -6,14 +6,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jbn.core.sharding import varying
-from jbn.kernels.seam import Stats, accumulator, num_values, reduced_axes, round_shift
+from jbn.kernels.seam import Stats, accumulator, reduced_axes, round_shift
 from jbn.types import Moments
-
-
-def count(x: Array, axis: tuple[int, ...]) -> Array:
-    """How many values of x each feature has."""
-    shape = tuple(x.shape[a] for a in axis)
-    return jnp.full(shape, num_values(x, axis), accumulator(x.dtype))
 
 
 def divisor(count: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The cases on which every kernel is interpreted, and its comparison with the float64 oracle."""
+"""Many cases for a layer that runs on a kernel, and its comparison with the float64 oracle."""
 
 import itertools
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-import pytest
 
 import jbn
+from jbn.kernels import blocks
 
 CHANNELS = (1, 3, 8, 24, 64, 80, 96, 112, 192, 320, 1000, 1280, 2048)
 ROWS = (2, 5, 63, 256, 1000, 12544)
@@ -20,7 +20,6 @@ MEANS = {"float32": 1e4, "bfloat16": 10.0, "float16": 100.0}
 # Half an ulp, from rounding a result to x's dtype. For float32 results ACCURACY is all.
 ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 ACCURACY = 1e-5  # relative to the size of the array; arithmetic is float32 for every dtype
-DEFAULT_SIZE = 5e5  # elements; larger arrays only under -m grid
 
 
 class Case(NamedTuple):
@@ -58,19 +57,30 @@ def pairwise() -> list[Case]:
     return cases
 
 
-def parameters() -> list:
-    """For `pytest.mark.parametrize("case", ...)`: small pairwise cases; all under `-m grid`."""
-    small = [case for case in pairwise() if case.channels * case.rows <= DEFAULT_SIZE]
+def cases() -> list[Case]:
+    """The pairwise choice and a full grid of the commonest options, from small to large."""
     grid = itertools.product(
         CHANNELS, ROWS, ("float32", "bfloat16"), (None, "relu"), (False, True), (True,)
     )
-    others = sorted(
-        {*itertools.starmap(Case, grid), *pairwise()} - set(small),
+    return sorted(
+        {*itertools.starmap(Case, grid), *pairwise()},
         key=lambda case: (case.rows * case.channels, str(case)),
     )
-    return [pytest.param(case, id=str(case)) for case in small] + [
-        pytest.param(case, id=str(case), marks=pytest.mark.grid) for case in others
-    ]
+
+
+def speed_up(backend: str, case: Case, monkeypatch) -> None:
+    """Let fewer and larger tiles cover an array that the interpreter would take minutes for."""
+    size = case.rows * case.channels
+    if backend == "triton" and size > 1e7:
+        # The interpreter copies whole arrays for every tile: 12544x2048 would take half an hour.
+        monkeypatch.setattr(blocks, "NUM_WARPS", 256)
+    if backend == "mosaic_gpu" and size > 2e4:
+        # The interpreter takes about a millisecond for every access to memory, whatever its size;
+        # with more registers than four warps have there are fewer accesses. One program takes all
+        # rows of its columns, so it still has more tiles than slots for them. All tests of arrays
+        # of such a size see these numbers, so none finds other functions in JAX's caches.
+        monkeypatch.setattr(blocks, "NUM_WARPS", 64)
+        monkeypatch.setattr(blocks, "RINGS_PER_SM", 0)
 
 
 def check(implementation: str, case: Case, shape: tuple[int, ...] | None = None) -> None:

@@ -6,13 +6,16 @@ Nothing is masked that need not be.
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import kernel_grid
 import numpy as np
 import oracle
 import pytest
 
-from jbn.kernels import blocks, mosaic_gpu, triton
+from jbn.kernels import blocks, mosaic_gpu, mosaic_tpu, triton
 from jbn.kernels import shared_pallas as pallas
+from jbn.kernels.seam import Affine
 
 SIZES = list(
     itertools.product(
@@ -96,6 +99,55 @@ def test_empty_arrays_are_refused_before_they_get_tiles():
         assert blocks.pipelined(*shape, (4, 4)).num_chunks * shape[1] == 0
         assert blocks.resident(*shape, (4,), 128) is None
         assert blocks.twice(*shape, (4, 4, 4), 2, 128) is None
+
+
+MOST = pallas.MAX_SIZE // 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("kernels", "taken"),
+    [
+        # Channels such that no rows are put side by side.
+        (triton, (MOST, 32)),
+        (mosaic_gpu, (MOST, 128)),
+        (mosaic_tpu, (MOST, 96)),
+        *itertools.product((triton, mosaic_gpu, mosaic_tpu), [(8, MOST), (MOST,)]),
+    ],
+)
+def test_sizes_beyond_int32_are_refused(kernels, taken):
+    """The longest arrays that are taken can be traced through all four functions."""
+    axis, longer = (len(taken) - 1,), tuple(n + 2**20 if n == MOST else n for n in taken)
+    assert "in int32" in kernels.unsupported(longer, jnp.float32, axis)
+    assert kernels.unsupported(taken, jnp.float32, axis) is None
+    x, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (taken, taken[-1:]))
+
+    def run(x, affine):
+        known = {"axis": axis, "activation": None, "interpret": False}
+        backward = {"saved": None, "weights": None, **known}
+        return (
+            kernels.fwd_stats(x, None, None, axis=axis, interpret=False),
+            kernels.fwd_apply(x, affine, None, dtype=x.dtype, **known),
+            kernels.bwd_stats(x, x, affine, **backward),
+            kernels.bwd_apply(x, x, affine, stats_gradient=None, residual_dtype=None, **backward),
+        )
+
+    jax.eval_shape(run, x, Affine(vector, vector, vector))
+
+
+@pytest.mark.parametrize("rows", [MOST, pallas.MAX_SIZE])
+def test_last_tiles_of_the_longest_arrays_end_within_int32(rows):
+    for width, itemsize in itertools.product((1, 3, 64, 128, 1000), (2, 4)):
+        for tiles in (
+            blocks.reduced(rows, width, itemsize),
+            blocks.mapped(rows, width, itemsize),
+            blocks.pipelined(rows, width, (itemsize,) * 2),
+        ):
+            assert rows <= tiles.num_chunks * tiles.chunk_rows < 2**31 or isinstance(
+                tiles, blocks.PipelineTiles
+            )
+            # A Mosaic program stops at the last tile of the array, not at that of its chunk.
+            assert -(-rows // tiles.block_rows) * tiles.block_rows < 2**31
+            assert tiles.num_columns * tiles.block_cols < 2**31
 
 
 @pytest.mark.parametrize("lanes", [32, 64, 128])

@@ -1,14 +1,13 @@
-"""The Mosaic GPU kernels, interpreted and compared with the oracle.
+"""The Mosaic GPU kernels: what they refuse, and how they are launched.
 
-What they have in common with the Triton kernels is in test_gpu_kernels.py, and what compiles for an
-H200 in test_gpu_compiles.py.
+They are compared with the oracle in test_contract.py.  What they have in common with the Triton
+kernels is in test_gpu_kernels.py, and what compiles for an H200 in test_gpu_compiles.py.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import kernel_grid
 import numpy as np
 import oracle
 import pytest
@@ -23,24 +22,6 @@ from jbn.kernels.seam import Affine, Device
 
 H200 = Device("NVIDIA H200", 132)
 INTERPRET = "mosaic_gpu/interpret"
-SMALL = 2e4  # elements
-
-
-def _supported(case):
-    return mosaic_gpu.unsupported((case.rows, case.channels), jnp.dtype(case.dtype), (1,)) is None
-
-
-@needs_interpreter
-@pytest.mark.parametrize("case", [p for p in kernel_grid.parameters() if _supported(*p.values)])
-def test_equals_oracle(case, monkeypatch):
-    if case.rows * case.channels > SMALL:
-        # The interpreter takes about a millisecond for every access to memory, whatever its size;
-        # with more registers than four warps have there are fewer accesses. One program takes all
-        # rows of its columns, so it still has more tiles than slots for them. All tests of arrays
-        # of such a size see these numbers, so none finds other functions in JAX's caches.
-        monkeypatch.setattr(blocks, "NUM_WARPS", 64)
-        monkeypatch.setattr(blocks, "RINGS_PER_SM", 0)
-    kernel_grid.check(INTERPRET, case)
 
 
 # What the kernels do not take.
@@ -142,53 +123,6 @@ def _compiled_fused(activation, with_residual, shape, dtype):
     )
 
 
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("shape", "dtype", "activation", "with_residual"),
-    [
-        ((5, 20, 64), "float32", "silu", True),
-        ((3, 37, 24), "float32", None, True),  # masked rows
-        ((200, 512), "bfloat16", "relu", False),  # two programs
-        ((4, 8), "float16", "gelu", False),
-    ],
-)
-def test_fused_equals_oracle(shape, dtype, activation, with_residual):
-    """One program for each tile of columns: the interpreter knows no barrier across a grid."""
-    generator = np.random.default_rng(0)
-    case = kernel_grid.Case(shape[-1], 0, dtype, activation, with_residual, True)
-    x = (generator.standard_normal(shape) + kernel_grid.MEANS[dtype]).astype(jnp.dtype(dtype))
-    dy = generator.standard_normal(shape).astype(x.dtype)
-    residual = generator.standard_normal(shape).astype(x.dtype) if with_residual else None
-    scale, bias, dmean, dvar = generator.uniform(0.5, 1.5, (4, shape[-1])).astype(np.float32)
-    fn = None if activation is None else getattr(jax.nn, activation)
-    y, stats = jax.jit(functools.partial(_fwd_fused, fn, True))(x, scale, bias, residual)
-    known = {"residual": residual, "activation": activation}
-    m = oracle.moments(x)
-    rounding = kernel_grid.ROUNDING[case.dtype]
-    np.testing.assert_allclose(
-        y, oracle.forward(x, scale, bias, **known)[0], rtol=rounding, atol=2e-5
-    )
-    np.testing.assert_allclose(stats.m2 / stats.count, oracle.variance(m), rtol=1e-5)
-    rstd = 1 / np.sqrt(stats.m2 / stats.count + 1e-5)
-    affine = Affine(stats.shift, scale * rstd, bias - stats.offset * scale * rstd)
-    run = jax.jit(
-        functools.partial(_bwd_fused, fn, residual.dtype if with_residual else None, True)
-    )
-    through = (affine, stats.offset, rstd, (dmean, dvar), residual)
-    dx, dresidual, sum_dz, sum_dz_x = run(x, dy, *through)
-    sum_dz_xc = sum_dz_x - stats.offset * sum_dz
-    want = oracle.backward(x, dy, scale, bias, residual=residual, activation=activation)
-    xc = np.asarray(x, np.float64) - m.mean
-    want_dx = want.x + (dmean + 2 * dvar * xc) / m.count
-    np.testing.assert_allclose(np.asarray(dx, np.float64), want_dx, rtol=rounding, atol=5e-5)
-    np.testing.assert_allclose(sum_dz, want.bias, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(sum_dz_xc * rstd, want.scale, rtol=1e-5, atol=1e-4)
-    if with_residual:
-        np.testing.assert_allclose(
-            np.asarray(dresidual, np.float64), want.residual, rtol=rounding, atol=1e-5
-        )
-
-
 @pytest.mark.aot("jax_cuda13_plugin")
 def test_fused_passes_over_memory():
     """x stays in shared memory; x and dy, twice as much, are read again from the cache."""
@@ -198,12 +132,6 @@ def test_fused_passes_over_memory():
     ):
         assert launches(fused, "mosaic_gpu") == 1
         assert reads_and_writes <= passes(fused, shape, dtype) <= reads_and_writes + 0.05
-
-
-def test_fused_leaves_to_others_what_does_not_fit():
-    x, v = jnp.zeros((2**17, 512), jnp.bfloat16), jnp.ones(512)
-    assert _fwd_fused(None, False, x, v, v, None) is None
-    assert _bwd_fused(None, None, False, x, x, Affine(v, v, v), v, v, (v, v), None) is None
 
 
 def test_vmap_launches_fused_kernels_one_by_one():

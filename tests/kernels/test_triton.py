@@ -1,7 +1,7 @@
-"""The Triton kernels: interpreted and compared with the oracle, and compiled.
+"""The Triton kernels, compiled for GPUs that are not here.
 
-What they have in common with the Mosaic GPU kernels is in test_gpu_kernels.py, and what compiles
-for an H200 in test_gpu_compiles.py.
+They are compared with the oracle in test_contract.py.  What they have in common with the Mosaic GPU
+kernels is in test_gpu_kernels.py, and what compiles for an H200 in test_gpu_compiles.py.
 """
 
 import functools
@@ -9,35 +9,10 @@ import re
 
 import jax
 import jax.numpy as jnp
-import kernel_grid
 import pytest
 from gpu_functions import backward, compiled, forward, launches
 
-from jbn.kernels import blocks, triton
-
-LARGE = 1e7  # elements
-
-
-@pytest.mark.parametrize("case", kernel_grid.parameters())
-def test_equals_oracle(case, monkeypatch):
-    if case.rows * case.channels > LARGE:
-        # The interpreter copies whole arrays for every tile: 12544x2048 would take half an hour.
-        # Larger tiles are fewer.
-        monkeypatch.setattr(blocks, "NUM_WARPS", 256)
-    kernel_grid.check("triton/interpret", case)
-
-
-@pytest.mark.parametrize("kind", ["Tesla V100-SXM2-16GB", "Tesla T4", "Quadro RTX 6000"])
-def test_devices_before_ampere_are_refused(kind):
-    assert f"which {kind} has not" in triton.unsupported_device(kind)
-
-
-@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-40GB", "NVIDIA H200", "NVIDIA RTX A4000"])
-def test_devices_since_ampere_are_not(kind):
-    assert triton.unsupported_device(kind) is None
-
-
-# Compiled for GPUs that are not here.
+from jbn.kernels import triton
 
 
 @pytest.mark.aot("jax_cuda13_plugin")
