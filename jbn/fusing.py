@@ -105,7 +105,7 @@ def _fused(program, norms, done):
 
     `done` holds the inner programs that are finished, so that one which is called twice stays one.
     """
-    if isinstance(program, ClosedJaxpr) and not isinstance(program, Jaxpr):
+    if not isinstance(program, Jaxpr):
         return program.replace(jaxpr=_fused(program.jaxpr, norms, done))
     equations = dict(enumerate(program.eqns))
     users = _users(program)
@@ -134,6 +134,7 @@ def _ordered(equations, known):
                 known.update(equation.outvars)
             else:
                 later.append(equation)
+        assert len(later) < len(waiting), "two equations wait for each other"
         waiting = later
     return ordered
 
@@ -182,7 +183,7 @@ def _fuse_one(index, equations, users, norms):
             replaced += following
     name = str(equation.source_info.name_stack)
     reason = _reason(equation, found, following, residual, equations)
-    if reason:
+    if found is None or reason:
         norms.append(Norm(name, None, False, reason))
         return
     activation, region = found
