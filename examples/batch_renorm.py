@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 
 import jbn.linen
 
 BATCH = 4
+CHUNK = 250  # steps between two movements of the progress bar
 
 
 class Network(nn.Module):
@@ -47,38 +49,35 @@ def limits_at(step, steps):
     return 1 + 2 * jnp.clip(open_ / (0.33 * steps), 0, 1), 5 * jnp.clip(open_ / (0.2 * steps), 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("renorm", "steps"))
-def train(images, labels, key, *, renorm, steps):
-    """All steps in one scan: the variables after training."""
+def make_training(images, labels, renorm, steps):
+    """(init, train): init(key) gives the first carry, train(carry, key, indices) the one after the
+    steps of these indices, all in one scan."""
     model = Network(renorm)
-    variables = model.init(key, images[:BATCH], train=True)
     optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
 
-    def step(carry, index):
+    def init(key):
+        variables = model.init(key, images[:BATCH], train=True)
+        return variables, optimizer.init(variables["params"])
+
+    def step(carry, index, key):
         variables, opt_state = carry
         rows = jax.random.randint(jax.random.fold_in(key, index), (BATCH,), 0, len(images))
-        r_max, d_max = limits_at(index, steps)
+        limits = limits_at(index, steps)
 
         def loss(params):
-            logits, new = model.apply(
-                {**variables, "params": params},
-                images[rows],
-                True,
-                r_max,
-                d_max,
-                mutable=["batch_stats"],
-            )
+            given = {**variables, "params": params}
+            logits, new = model.apply(given, images[rows], True, *limits, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean(), new
 
         gradients, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(gradients, opt_state)
-        return (
-            {"params": optax.apply_updates(variables["params"], updates), **new},
-            opt_state,
-        ), None
+        return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
 
-    carry = variables, optimizer.init(variables["params"])
-    return jax.lax.scan(step, carry, jnp.arange(steps))[0][0]
+    @jax.jit
+    def train(carry, key, indices):
+        return jax.lax.scan(lambda carry, i: (step(carry, i, key), None), carry, indices)[0]
+
+    return jax.jit(init), train
 
 
 def main():
@@ -91,24 +90,29 @@ def main():
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = (images[order] / 16).astype(np.float32), labels[order]
-    split = 1200
+    (images, tests), (labels, truth) = np.split(images, [1200]), np.split(labels, [1200])
+    steps, seeds = arguments.steps, arguments.seeds
+    images, labels = jnp.asarray(images), jnp.asarray(labels)  # indexed inside jit
+    progress = tqdm(total=2 * seeds * steps, desc="compiling", unit="step")
     for renorm in (False, True):
-        accuracies = []
-        for seed in range(arguments.seeds):
-            variables = train(
-                images[:split],
-                labels[:split],
-                jax.random.key(seed),
-                renorm=renorm,
-                steps=arguments.steps,
-            )
-            logits = Network(renorm).apply(variables, images[split:], train=False)
-            accuracies.append(float((logits.argmax(-1) == labels[split:]).mean()))
+        init, train = make_training(images, labels, renorm, steps)
         name = "batch renorm" if renorm else "batch norm"
+        accuracies = []
+        for seed in range(seeds):
+            key = jax.random.key(seed)
+            carry = init(key)
+            for start in range(0, steps, CHUNK):
+                indices = jnp.arange(start, min(start + CHUNK, steps))
+                carry = jax.block_until_ready(train(carry, key, indices))
+                progress.set_description(f"{name}, seed {seed}")
+                progress.update(len(indices))
+            logits = Network(renorm).apply(carry[0], tests, train=False)
+            accuracies.append(float((logits.argmax(-1) == truth).mean()))
         each = " ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-        print(
+        tqdm.write(
             f"{name:12} batch size {BATCH}: test accuracy {np.mean(accuracies):.4f} (seeds: {each})"
         )
+    progress.close()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 The arguments make them smaller; the defaults are the papers', stochastic depth and dropout apart.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
+
+Activation = Callable[[Array], Array]
 
 
 def conv(features, kernel=3, stride=1, groups=1):
@@ -16,16 +20,17 @@ def conv(features, kernel=3, stride=1, groups=1):
 class Bottleneck(nn.Module):
     features: int
     stride: int
+    activation: Activation
 
     @nn.compact
     def __call__(self, x, train):
         shortcut = x
-        y = nn.relu(nn.BatchNorm(not train)(conv(self.features, 1)(x)))
-        y = nn.relu(nn.BatchNorm(not train)(conv(self.features, 3, self.stride)(y)))
+        y = self.activation(nn.BatchNorm(not train)(conv(self.features, 1)(x)))
+        y = self.activation(nn.BatchNorm(not train)(conv(self.features, 3, self.stride)(y)))
         y = nn.BatchNorm(not train)(conv(4 * self.features, 1)(y))
         if shortcut.shape != y.shape:
             shortcut = nn.BatchNorm(not train)(conv(4 * self.features, 1, self.stride)(x))
-        return nn.relu(y + shortcut)
+        return self.activation(y + shortcut)
 
 
 class ResNet50(nn.Module):
@@ -34,15 +39,16 @@ class ResNet50(nn.Module):
     blocks: Sequence[int] = (3, 4, 6, 3)
     width: int = 64
     classes: int = 1000
+    activation: Activation = nn.relu
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.relu(nn.BatchNorm(not train)(conv(self.width, 7, 2)(x)))
+        x = self.activation(nn.BatchNorm(not train)(conv(self.width, 7, 2)(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(self.width * 2**stage, stride)(x, train)
+                x = Bottleneck(self.width * 2**stage, stride, self.activation)(x, train)
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
 
@@ -103,30 +109,32 @@ class DenseNet121(nn.Module):
     blocks: Sequence[int] = (6, 12, 24, 16)
     growth: int = 32
     classes: int = 1000
+    activation: Activation = nn.relu
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.relu(nn.BatchNorm(not train)(conv(2 * self.growth, 7, 2)(x)))
+        x = self.activation(nn.BatchNorm(not train)(conv(2 * self.growth, 7, 2)(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, layers in enumerate(self.blocks):
             if stage > 0:
-                x = conv(x.shape[-1] // 2, 1)(nn.relu(nn.BatchNorm(not train)(x)))
+                x = conv(x.shape[-1] // 2, 1)(self.activation(nn.BatchNorm(not train)(x)))
                 x = nn.avg_pool(x, (2, 2), (2, 2))
             for _ in range(layers):
-                y = conv(4 * self.growth, 1)(nn.relu(nn.BatchNorm(not train)(x)))
-                y = conv(self.growth)(nn.relu(nn.BatchNorm(not train)(y)))
+                y = conv(4 * self.growth, 1)(self.activation(nn.BatchNorm(not train)(x)))
+                y = conv(self.growth)(self.activation(nn.BatchNorm(not train)(y)))
                 x = jnp.concatenate([x, y], -1)
-        x = nn.relu(nn.BatchNorm(not train)(x))
+        x = self.activation(nn.BatchNorm(not train)(x))
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
 
 class Twice(nn.Module):
     features: int
+    activation: Activation
 
     @nn.compact
     def __call__(self, x, train):
         for _ in range(2):
-            x = nn.relu(nn.BatchNorm(not train)(conv(self.features)(x)))
+            x = self.activation(nn.BatchNorm(not train)(conv(self.features)(x)))
         return x
 
 
@@ -136,35 +144,37 @@ class UNet(nn.Module):
     levels: int = 4
     width: int = 64
     classes: int = 2
+    activation: Activation = nn.relu
 
     @nn.compact
     def __call__(self, x, train):
+        twice = functools.partial(Twice, activation=self.activation)
         skipped = []
         for level in range(self.levels):
-            skipped.append(Twice(self.width * 2**level)(x, train))
+            skipped.append(twice(self.width * 2**level)(x, train))
             x = nn.max_pool(skipped[-1], (2, 2), (2, 2))
-        x = Twice(self.width * 2**self.levels)(x, train)
+        x = twice(self.width * 2**self.levels)(x, train)
         for level in reversed(range(self.levels)):
             x = nn.ConvTranspose(self.width * 2**level, (2, 2), (2, 2))(x)
-            x = Twice(self.width * 2**level)(jnp.concatenate([skipped[level], x], -1), train)
+            x = twice(self.width * 2**level)(jnp.concatenate([skipped[level], x], -1), train)
         return nn.Conv(self.classes, (1, 1))(x)
 
 
 def small() -> dict[str, nn.Module]:
-    """The four at their full depth, narrow enough for a CPU."""
+    """The four at their full depth, narrow enough for a CPU, and smooth: see switch.py."""
     return {
-        "ResNet-50": ResNet50(width=8, classes=10),
+        "ResNet-50": ResNet50(width=8, classes=10, activation=nn.silu),
         "EfficientNet-B0": EfficientNetB0(narrower=4, classes=10),
-        "U-Net": UNet(width=8),
-        "DenseNet-121": DenseNet121(growth=8, classes=10),
+        "U-Net": UNet(width=8, activation=nn.silu),
+        "DenseNet-121": DenseNet121(growth=8, classes=10, activation=nn.silu),
     }
 
 
 def tiny() -> dict[str, nn.Module]:
-    """The four with a block or two per stage: what compiles in seconds."""
+    """As `small`, with a block or two per stage: what compiles in seconds."""
     return {
-        "ResNet-50": ResNet50((1, 2), width=8, classes=10),
+        "ResNet-50": ResNet50((1, 2), width=8, classes=10, activation=nn.silu),
         "EfficientNet-B0": EfficientNetB0(STAGES[:3], narrower=4, classes=10),
-        "U-Net": UNet(levels=2, width=8),
-        "DenseNet-121": DenseNet121((2, 2), growth=8, classes=10),
+        "U-Net": UNet(levels=2, width=8, activation=nn.silu),
+        "DenseNet-121": DenseNet121((2, 2), growth=8, classes=10, activation=nn.silu),
     }

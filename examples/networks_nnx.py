@@ -34,22 +34,24 @@ class ConvNorm(nnx.Module):
 
 
 class NormConv(nnx.Module):
-    """A batch norm, relu and a convolution."""
+    """A batch norm, an activation and a convolution."""
 
-    def __init__(self, inputs, features, kernel=3, *, rngs):
+    def __init__(self, inputs, features, kernel=3, *, activation, rngs):
         self.norm = nnx.BatchNorm(inputs, rngs=rngs)
         self.conv = conv(inputs, features, kernel, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x):
-        return self.conv(nnx.relu(self.norm(x)))
+        return self.conv(self.activation(self.norm(x)))
 
 
 class Bottleneck(nnx.Module):
-    def __init__(self, inputs, features, stride, *, rngs):
+    def __init__(self, inputs, features, stride, *, activation, rngs):
+        self.activation = activation
         self.layers = nnx.List(
             [
-                ConvNorm(inputs, features, 1, rngs=rngs),
-                ConvNorm(features, features, 3, stride, rngs=rngs),
+                ConvNorm(inputs, features, 1, activation=activation, rngs=rngs),
+                ConvNorm(features, features, 3, stride, activation=activation, rngs=rngs),
                 ConvNorm(features, 4 * features, 1, activation=None, rngs=rngs),
             ]
         )
@@ -61,19 +63,28 @@ class Bottleneck(nnx.Module):
         y = x
         for layer in self.layers:
             y = layer(y)
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return self.activation(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ResNet50(nnx.Module):
     """He et al. 2016, with the stride in the 3 x 3 convolution."""
 
-    def __init__(self, blocks: Sequence[int] = (3, 4, 6, 3), width=64, classes=1000, *, rngs):
-        self.stem = ConvNorm(3, width, 7, 2, rngs=rngs)
+    def __init__(
+        self,
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        width=64,
+        classes=1000,
+        *,
+        activation=nnx.relu,
+        rngs,
+    ):
+        options = {"activation": activation, "rngs": rngs}
+        self.stem = ConvNorm(3, width, 7, 2, **options)
         self.blocks, inputs = nnx.List([]), width
         for stage, repeats in enumerate(blocks):
             for block in range(repeats):
                 stride, features = 2 if stage > 0 and block == 0 else 1, width * 2**stage
-                self.blocks.append(Bottleneck(inputs, features, stride, rngs=rngs))
+                self.blocks.append(Bottleneck(inputs, features, stride, **options))
                 inputs = 4 * features
         self.head = nnx.Linear(inputs, classes, rngs=rngs)
 
@@ -126,19 +137,28 @@ class EfficientNetB0(nnx.Module):
 class DenseNet121(nnx.Module):
     """Huang et al. 2017, with bottlenecks and a compression of one half."""
 
-    def __init__(self, blocks: Sequence[int] = (6, 12, 24, 16), growth=32, classes=1000, *, rngs):
-        features = 2 * growth
-        self.stem = ConvNorm(3, features, 7, 2, rngs=rngs)
+    def __init__(
+        self,
+        blocks: Sequence[int] = (6, 12, 24, 16),
+        growth=32,
+        classes=1000,
+        *,
+        activation=nnx.relu,
+        rngs,
+    ):
+        options = {"activation": activation, "rngs": rngs}
+        self.activation, features = activation, 2 * growth
+        self.stem = ConvNorm(3, features, 7, 2, **options)
         self.stages = nnx.List([])
         for stage, layers in enumerate(blocks):
             transition = None
             if stage > 0:
-                transition = NormConv(features, features // 2, 1, rngs=rngs)
+                transition = NormConv(features, features // 2, 1, **options)
                 features //= 2
             dense = nnx.List([])
             for _ in range(layers):
-                inner = NormConv(features, 4 * growth, 1, rngs=rngs)
-                dense.append(nnx.Sequential(inner, NormConv(4 * growth, growth, rngs=rngs)))
+                inner = NormConv(features, 4 * growth, 1, **options)
+                dense.append(nnx.Sequential(inner, NormConv(4 * growth, growth, **options)))
                 features += growth
             self.stages.append(nnx.Dict(transition=transition, dense=dense))
         self.norm = nnx.BatchNorm(features, rngs=rngs)
@@ -151,15 +171,16 @@ class DenseNet121(nnx.Module):
                 x = nnx.avg_pool(stage["transition"](x), (2, 2), (2, 2))
             for layer in stage["dense"]:
                 x = jnp.concatenate([x, layer(x)], -1)
-        return self.head(nnx.relu(self.norm(x)).mean((1, 2)))
+        return self.head(self.activation(self.norm(x)).mean((1, 2)))
 
 
 class UNet(nnx.Module):
     """Ronneberger et al. 2015, padded, with batch norm after each 3 x 3 convolution."""
 
-    def __init__(self, levels=4, width=64, classes=2, *, rngs):
+    def __init__(self, levels=4, width=64, classes=2, *, activation=nnx.relu, rngs):
+        options = {"activation": activation, "rngs": rngs}
         widths = [width * 2**level for level in range(levels + 1)]
-        twice = lambda i, o: nnx.Sequential(ConvNorm(i, o, rngs=rngs), ConvNorm(o, o, rngs=rngs))
+        twice = lambda i, o: nnx.Sequential(ConvNorm(i, o, **options), ConvNorm(o, o, **options))
         self.down = nnx.List([twice(i, o) for i, o in zip([3, *widths[:-1]], widths, strict=True)])
         self.up = nnx.List(
             [nnx.ConvTranspose(2 * w, w, (2, 2), (2, 2), rngs=rngs) for w in widths[:-1]]
@@ -179,22 +200,24 @@ class UNet(nnx.Module):
 
 
 def small() -> dict[str, nnx.Module]:
-    """The four at their full depth, narrow enough for a CPU."""
+    """The four at their full depth, narrow enough for a CPU, and smooth: see switch.py."""
     rngs = nnx.Rngs(0)
+    smooth = {"activation": nnx.silu, "rngs": rngs}
     return {
-        "ResNet-50": ResNet50(width=8, classes=10, rngs=rngs),
+        "ResNet-50": ResNet50(width=8, classes=10, **smooth),
         "EfficientNet-B0": EfficientNetB0(narrower=4, classes=10, rngs=rngs),
-        "U-Net": UNet(width=8, rngs=rngs),
-        "DenseNet-121": DenseNet121(growth=8, classes=10, rngs=rngs),
+        "U-Net": UNet(width=8, **smooth),
+        "DenseNet-121": DenseNet121(growth=8, classes=10, **smooth),
     }
 
 
 def tiny() -> dict[str, nnx.Module]:
-    """The four with a block or two per stage: what compiles in seconds."""
+    """As `small`, with a block or two per stage: what compiles in seconds."""
     rngs = nnx.Rngs(0)
+    smooth = {"activation": nnx.silu, "rngs": rngs}
     return {
-        "ResNet-50": ResNet50((1, 2), width=8, classes=10, rngs=rngs),
+        "ResNet-50": ResNet50((1, 2), width=8, classes=10, **smooth),
         "EfficientNet-B0": EfficientNetB0(STAGES[:3], narrower=4, classes=10, rngs=rngs),
-        "U-Net": UNet(levels=2, width=8, rngs=rngs),
-        "DenseNet-121": DenseNet121((2, 2), growth=8, classes=10, rngs=rngs),
+        "U-Net": UNet(levels=2, width=8, **smooth),
+        "DenseNet-121": DenseNet121((2, 2), growth=8, classes=10, **smooth),
     }

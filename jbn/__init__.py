@@ -18,7 +18,7 @@ from jbn.functional import (
 from jbn.types import Moments, Params, State
 
 if _TYPE_CHECKING:
-    from jbn import convert, fold, health, linen, nnx, plot, policy, recalibrate
+    from jbn import convert, fold, fusing, health, linen, nnx, plot, policy, recalibrate
 
 __version__ = "0.2.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "batch_renorm_train",
     "convert",
     "fold",
+    "fusing",
     "health",
     "init",
     "linen",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 # Imported at first use: `import jbn` imports neither Flax nor matplotlib.
-_LAZY = ("convert", "fold", "health", "linen", "nnx", "plot", "policy", "recalibrate")
+_LAZY = ("convert", "fold", "fusing", "health", "linen", "nnx", "plot", "policy", "recalibrate")
 
 
 def __getattr__(name: str):

@@ -1,5 +1,6 @@
 """A drop-in `flax.nnx.BatchNorm`: change the import and nothing else."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from flax.nnx.nn import dtypes
 from jax import Array, lax
 from jax.nn import initializers
 
+from jbn import fusing
 from jbn.core import flax_common, renorm, switch
 from jbn.types import Params, State
 
@@ -320,6 +322,42 @@ def restore(model: Model) -> Model:
                 delattr(norm, key)
             _turn(norm, nnx.BatchNorm)
     return model
+
+
+def fuse(function: Callable) -> Callable:
+    """`jbn.fusing.fuse` for a function of nnx modules, which it may change.
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            gradients = nnx.grad(jbn.nnx.fuse(loss))(model, x)
+            optimizer.update(model, gradients)
+
+    Args:
+        function: of modules, arrays, trees of them, and Python values, which are static. It may
+            change the Variables of the modules that it is given, but not add or remove any.
+
+    Returns:
+        A function of the same arguments. It traces `function` at each call: call it inside nnx.jit.
+    """
+
+    @functools.wraps(function)
+    def fused(*args, **kwargs):
+        before, state = nnx.split((args, kwargs))
+        after = before
+
+        def pure(state):
+            nonlocal after
+            copies = nnx.merge(before, state)
+            out = function(*copies[0], **copies[1])
+            after, state = nnx.split((copies, out))
+            return state
+
+        state = fusing.fuse(pure)(state)
+        copies, out = nnx.merge(after, state)
+        nnx.update((args, kwargs), nnx.state(copies, nnx.Variable))
+        return out
+
+    return fused
 
 
 def _norms(model: Any) -> dict[Any, Any]:

@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module may import those before it.
 CORE = (
     *("config", "validate", "sharding", "stats", "running", "op", "linear", "passes", "autodiff"),
-    *("ghost", "renorm", "layer", "complex_numbers", "flax_common", "switch"),
+    *("ghost", "marking", "renorm", "layer", "complex_numbers", "flax_common", "switch"),
 )
-ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "linen", "nnx")
+ORDER = ("types", *(f"core.{name}" for name in CORE), "functional", "fusing", "linen", "nnx")
 # Each of these stands on the modules above. Another tool may use one only where ALLOWED says so.
 TOOLS = ("fold", "recalibrate", "convert", "health", "plot", "policy", "bench")
 ALLOWED = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core import autodiff, ghost, op, renorm, running, sharding, stats
+from jbn.core import autodiff, ghost, marking, op, renorm, running, sharding, stats
 from jbn.core.config import Config
 from jbn.core.passes import Operands
 from jbn.kernels.seam import FUSED, accumulator
@@ -34,7 +34,8 @@ def train(
         return x.astype(config.dtype), state
     fused, after = _split_activation(config)
     decay = running.decay(momentum)
-    y, new_state = _train(x, params, state, decay, eps, weights, residual, limits, config=fused)
+    arguments = (x, params, state, decay, eps, weights, limits, residual)
+    y, new_state = marking.call(_train, *arguments, config=fused)
     return y if after is None else after(y).astype(config.dtype), new_state
 
 
@@ -51,7 +52,7 @@ def evaluate(
     if x.size == 0:
         return x.astype(config.dtype)
     fused, after = _split_activation(config)
-    y = _evaluate(x, params, state, eps, residual, config=fused)
+    y = marking.call(_evaluate, x, params, state, eps, residual, config=fused)
     return y if after is None else after(y).astype(config.dtype)
 
 
@@ -67,7 +68,7 @@ def _split_activation(config: Config):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _train(x, params, state, decay, eps, weights, residual, limits, *, config):
+def _train(x, params, state, decay, eps, weights, limits, residual, *, config):
     weights, _ = stats.rescale(weights, config.axis, config.axis_name)
     if limits is not None:
         known = {"config": config, "limits": limits, "eps": eps, "weights": weights}
