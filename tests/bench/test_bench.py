@@ -29,6 +29,7 @@ from jbn.bench import (
     timing,
     traffic,
 )
+from jbn.plot import COLORS
 
 CASES = {
     "channels_last": cases.Case("images", (4, 6, 6, 8)),
@@ -491,8 +492,11 @@ def test_pictures_say_what_was_found(plot, facts, value, label, title, tmp_path,
 def test_one_palette():
     colors = {name: pictures._color(name, 1, 4) for name in ("jbn", "jbn default", "jbn xla")}
     assert set(colors.values()) == {pictures.JBN}
-    for name in ("flax.linen", "flax.nnx", "torch eager", "xla"):
+    for name in ("flax.linen", "flax.nnx"):
+        assert pictures._color(name, 1, 4) == COLORS["peer"]
+    for name in ("torch eager", "xla"):
         float(pictures._color(name, 1, 4))  # a shade of grey
+    assert COLORS["jbn"] == pictures.JBN
     assert pictures._color("jbn triton", 1, 4) == pictures._color("triton", 3, 4)
 
 
