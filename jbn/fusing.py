@@ -49,7 +49,7 @@ def fuse(function: Callable) -> Callable:
         norm(x) -> relu                 becomes   norm(x, activation=relu)
         norm(x) -> + residual -> relu   becomes   norm(x, residual=residual, activation=relu)
 
-    and likewise with leaky_relu, silu and gelu (those of jax.nn, with their default arguments).
+    and likewise with leaky_relu, relu6, silu and gelu of jax.nn, with their default arguments.
     Values and gradients agree up to rounding: in float16 and bfloat16 the sum is rounded once, not
     twice. It is done only where the program shows that it is exact: the norm's output goes into
     the activation, or into one addition of two arrays of the same shape whose sum goes into the
