@@ -1,6 +1,6 @@
 """CrossQ swings a pendulum up: batch renorm beside batch norm and no norm, three seeds each.
 
-python examples/crossq.py            returns of all episodes, printed and drawn: results/crossq.png
+python examples/crossq.py            returns of all episodes, printed and drawn: crossq.png
 
 CrossQ (Bhatt et al. 2024) is soft actor-critic without target networks: the critic reads (s, a) and
 (s', a') in one batch, so that its norms see both. The task is Gymnasium's Pendulum-v1, written in
@@ -11,6 +11,7 @@ The torques of the first two episodes are random.
 import argparse
 import functools
 import pathlib
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -214,8 +215,8 @@ def main(arguments=None):
     )
     parser.add_argument("--steps", type=int, default=6000, help="rounded up to whole episodes")
     parser.add_argument("--seeds", type=int, default=3)
-    here = pathlib.Path(__file__).parent / "results"
-    parser.add_argument("--out", type=pathlib.Path, default=here, help="folder of the picture")
+    temporary = pathlib.Path(tempfile.gettempdir())
+    parser.add_argument("--out", type=pathlib.Path, default=temporary, help="folder of the picture")
     arguments = parser.parse_args(arguments)
     episodes = -(-arguments.steps // EPISODE)
     start = time.process_time()
@@ -230,6 +231,7 @@ def main(arguments=None):
     print(f"processor time {time.process_time() - start:.0f} s")
     arguments.out.mkdir(exist_ok=True)
     draw(returns, arguments.out / "crossq.png")
+    print(f"wrote {arguments.out / 'crossq.png'}")
 
 
 if __name__ == "__main__":

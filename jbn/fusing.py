@@ -5,6 +5,11 @@
 What follows a norm is read off the traced program, never guessed from names, so a model stays as
 its author wrote it. The layers must be jbn's: by import, `jbn.nnx.replace` or
 `jbn.linen.replacing`.
+
+In a ResNet-50 this finds 49 of the 53 norms; the others are the residuals of norms that are found.
+At batch size 8 and 128 x 128 pixels in float32, JAX saves 276 MB for the backward pass in place of
+344 MB, and a training step took 0.75 of its time (medians of 6 in turn, on two CPU cores that
+others used, too). The buffers that XLA sets aside for the step on CPU grew, from 253 to 310 MB.
 """
 
 import functools
@@ -44,14 +49,15 @@ def fuse(function: Callable) -> Callable:
         norm(x) -> relu                 becomes   norm(x, activation=relu)
         norm(x) -> + residual -> relu   becomes   norm(x, residual=residual, activation=relu)
 
-    and likewise with leaky_relu, silu and gelu (those of jax.nn, with their default arguments).
+    and likewise with leaky_relu, relu6, silu and gelu of jax.nn, with their default arguments.
     Values and gradients agree up to rounding: in float16 and bfloat16 the sum is rounded once, not
     twice. It is done only where the program shows that it is exact: the norm's output goes into
     the activation, or into one addition of two arrays of the same shape whose sum goes into the
     activation, and nowhere else; and what is added does not depend on the norm's new statistics.
     jnp.maximum(x, 0) stays as it is, because its gradient at zero is not that of relu. Programs
-    inside jit, remat, scan, while and cond are read, those inside grad, vmap, shard_map and
-    custom derivatives of the function are not: put `fuse` inside these.
+    inside jit, remat, scan, while and cond are read; those inside grad, vmap, shard_map and
+    custom derivatives of the function are not, so give `fuse` the function that these take. A norm
+    with an axis_name, or in shard_map and pmap, is never fused.
 
     Args:
         function: of arrays, trees of them, and Python values, which are static. It returns arrays

@@ -166,7 +166,8 @@ def replacing(
 
     Subclasses of flax's layer are left alone, with a warning that names them; jbn's own layers are
     left alone without one. An interceptor of `flax.linen.intercept_methods` that is entered inside
-    does not see the replaced layers; `jbn.linen.intercept_methods` does.
+    does not see the replaced layers; `jbn.linen.intercept_methods` does. `jbn.fusing.fuse` computes
+    the norms of a function together with the activations that follow them.
 
     Args:
         by_path: options of some norms only, over the others: patterns of paths, as of

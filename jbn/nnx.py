@@ -266,7 +266,8 @@ def replace(
         model = jbn.nnx.replace(SomebodysResNet(rngs=nnx.Rngs(0)), skip_nonfinite=True)
 
     The layers stay the same objects with the same Variables, so that optimizers, and whatever else
-    refers to a layer, go on as before. `restore` is the way back.
+    refers to a layer, go on as before. `restore` is the way back. `fuse` computes the norms of a
+    function together with the activations that follow them.
 
     Subclasses of flax's layer are left alone, with a warning that names them; jbn's own layers are
     left alone without one. A layer that `replace` turned before gets the new options over its old

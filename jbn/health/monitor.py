@@ -304,7 +304,8 @@ class Monitor:
             bound = self._bound(f"{layer}/{key}", change, changes.jump, floor)
             if bound is not None:
                 what = f"the root mean square of {key}" if key != "weight" else "|W|"
-                yield f"{what} went from {old:.3g} to {new:.3g} in {now - before} steps"
+                took = "one step" if now - before == 1 else f"{now - before} steps"
+                yield f"{what} went from {old:.3g} to {new:.3g} in {took}"
 
     def _bound(self, name, value, factor, floor, ceiling=math.inf):
         """The limit that a number crossed, else None, and then the number joins the history.

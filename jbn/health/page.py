@@ -52,7 +52,12 @@ def render(reports: Mapping[str, Any], monitor: Any = None, title: str = "Batch 
     sentence = (
         f"{_count(len(rows), 'layer')}, {_count(now, 'warning')}"
         + (f" in {_count(worried, 'layer')}" if now else "")
-        + (f"; {_count(len(reports), 'checkpoint')}: {', '.join(reports)}" if reports else "")
+        + (f"; {len(reports)} checkpoints: {', '.join(reports)}" if len(reports) > 1 else "")
+    )
+    marks = (
+        " Red marks: a limit is crossed; green marks: the value is back within it."
+        if events
+        else ""
     )
     body = [
         f"<h1>{_text(title)}</h1><p class=soft>{_text(sentence)}.</p>",
@@ -60,7 +65,9 @@ def render(reports: Mapping[str, Any], monitor: Any = None, title: str = "Batch 
         "".join(
             f"<h2>{_text(k)}</h2>{_spark(k, v[0], v[1], [])}" for k, v in series.get("", {}).items()
         ),
-        "<h2>Layers, the most troubled first</h2><div class=head><span>layer</span>"
+        "<h2>Layers, the most troubled first</h2>"
+        f"<p class=soft>A click on a layer shows its warnings and channels.{marks}</p>"
+        "<div class=head><span>layer</span>"
         "<span>warnings</span><span class=number>channels</span><span class=number>drift</span>"
         "<span class=number>signal</span><span>over time</span></div>",
         *(row.html() for row in rows),
@@ -135,12 +142,14 @@ class _Row:
         keys = [of_kind.get(f.kind) for f in worst]
         keys += ["input_std", "std", "weight", "drift", "warnings", "min signal", *self.series]
         key = next((key for key in keys if key in self.series), None)
-        return _svg(self.series[key][0], self.series[key][1], self.events) if key else ""
+        if key is None:
+            return ""
+        return f"<small>{_text(key)}</small>{_svg(*self.series[key], self.events)}"
 
     def _warnings(self):
         return "".join(
             f'<div class="warning{"" if f in self.now else " back"}">'
-            f"<p><b>{_text(_headline(f))}</b></p><p>{_text(f.what)}.</p>"
+            f"<p><b>{_text(_headline(f, f in self.now))}</b></p><p>{_text(f.what)}.</p>"
             f"<p class=soft>Remedy: {_text(f.remedy)}.</p></div>"
             for f in (*self.now, *self.past)
         )
@@ -274,12 +283,13 @@ def _thinned(x, y):
     return x[chosen], y[chosen]
 
 
-def _headline(finding):
+def _headline(finding, lasts):
     step = getattr(finding, "step", None)
     more = f" and {len(finding.channels) - 24} more" if len(finding.channels) > 24 else ""
     channels = ", ".join(map(str, finding.channels[:24])) + more
     where = f", channel{'s' if len(finding.channels) > 1 else ''} {channels}" if channels else ""
-    return finding.kind + ("" if step is None else f" since step {step}") + where
+    when = "" if step is None else f" {'since' if lasts else 'at'} step {step}"
+    return finding.kind + when + where
 
 
 def _text(value):

@@ -110,6 +110,8 @@ def test_layers_are_sorted_by_trouble_and_warnings_have_remedies():
     assert "not finite, channel 3" in text
     assert "dead, channels 7, 9" in text
     assert "Remedy: restore the last good checkpoint" in text
+    assert "; 2 checkpoints: 100, 200." in text
+    assert "Red marks" not in text
     assert text.count("<svg") >= 6  # a line in every row, and in every layer one for each number
     assert "<td>min signal</td><td class=number>1</td><td class=number>0</td>" in text
 
@@ -124,6 +126,9 @@ def test_a_monitor_shows_what_happened_and_when():
     assert re.search(row + ".*?<td class=number>22</td></tr>", text)
     assert '<span class="kind back">dead, past</span>' in text
     assert "<h2>loss</h2>" in text
+    assert "dead at step 10" in text, "what is over is not said to last since then"
+    assert "Red marks: a limit is crossed" in text
+    assert "<small>dead</small><svg" in text, "the line of a row says what it shows"
     assert re.search(r'<line x1="25.64" .*?<title>step 10: dead</title>', text)
 
 
