@@ -44,6 +44,12 @@ def init(
     """
     shape = validate.features(features)
     validate.floating_dtype(param_dtype, "param_dtype")
+    use_scale = validate.flag(use_scale, "use_scale")
+    use_bias = validate.flag(use_bias, "use_bias")
+    for name, initializer in (("scale_init", scale_init), ("bias_init", bias_init)):
+        validate.function(initializer, name, "of (key, shape, dtype), as in jax.nn.initializers")
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key is {key!r:.60}, expected a PRNG key such as jax.random.key(0)")
     keys = (None, None) if key is None else jax.random.split(key)
     scale = scale_init(keys[0], shape, param_dtype) if use_scale else None
     bias = bias_init(keys[1], shape, param_dtype) if use_bias else None
@@ -318,6 +324,8 @@ def psum_moments(
         ValueError: axis_name is not bound.
     """
     validate.moments(m, "m")
+    if axis_name is None:
+        raise TypeError("axis_name is None, expected the name of a mapped axis: m is the whole")
     validate.mapped_axis(axis_name)
     return stats.psum_moments(m, axis_name, validate.groups(axis_index_groups, axis_name))
 

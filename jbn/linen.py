@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jbn.core import flax_common, renorm, switch
+from jbn.core import flax_common, renorm, switch, validate
 from jbn.types import Params, State
 
 
@@ -242,7 +242,7 @@ def _call(layer, x, use_running_average, *, mask=None, residual=None, limits=Non
     use_running_average = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    x = jnp.asarray(x)
+    x = validate.jax_array(x)
     features = tuple(x.shape[a] for a in flax_common.feature_axes(layer.axis, x.ndim))
     stats_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     mean = layer.variable("batch_stats", "mean", jnp.zeros, features, stats_dtype)

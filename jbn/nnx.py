@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbn import fusing
-from jbn.core import flax_common, renorm, switch
+from jbn.core import flax_common, renorm, switch, validate
 from jbn.types import Params, State
 
 Model = TypeVar("Model")
@@ -153,7 +153,7 @@ class BatchNorm(nnx.BatchNorm):
         )
 
     def _call(self, x, use_running_average, mask, residual, limits=None, steps=None):
-        x = jnp.asarray(x)
+        x = validate.jax_array(x)
         count = jnp.zeros((), jnp.int32) if steps is None else steps[...]
         state = State(self.mean[...], self.var[...], count)
         x, params, dtype = self._promote(x, state)

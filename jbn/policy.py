@@ -5,11 +5,13 @@ whether the state updates (`update_stats` in the modules, keeping the old State 
 API), and whether scale and bias train (here).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from jbn.core import validate
 from jbn.types import Params
 
 
@@ -27,12 +29,22 @@ def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda pa
 
     Args:
         params: tree of parameters, of any containers that JAX knows: linen's, an nnx.State of
-            nnx.Params or its pure dict, or one that holds jbn.Params.
+            nnx.Params or its pure dict, one that holds jbn.Params, or one whose keys are whole
+            paths (nnx.to_flat_state, flax.traverse_util.flatten_dict).
         select: function of a layer's path; layers it declines are False.
 
     Returns:
         A tree of bools of the very structure of params.
+
+    Raises:
+        TypeError: params is no tree, or select no function.
     """
+    validate.function(select, "select", "of a layer's path")
+    if jax.tree_util.all_leaves([params]) and params is not None:
+        raise TypeError(
+            f"params is a {type(params).__name__} ({params!r:.60}), expected a tree of parameters, "
+            "such as model.init's variables['params']"
+        )
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(keys) for keys, _ in flat]
     layers: dict[tuple[str, ...], set[str]] = {}
@@ -57,8 +69,12 @@ def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda pa
 
 
 def not_(mask: Any) -> Any:
-    """The complement of a mask."""
-    return jax.tree.map(lambda chosen: not chosen, mask)
+    """The complement of a mask.
+
+    Raises:
+        TypeError: the mask holds anything but bools.
+    """
+    return jax.tree.map(lambda chosen: not validate.flag(chosen, "mask"), mask)
 
 
 def _names(keys) -> tuple[str, ...]:
@@ -66,4 +82,5 @@ def _names(keys) -> tuple[str, ...]:
     if keys and getattr(keys[-1], "name", None) == "value":
         keys = keys[:-1]
     named = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in keys)
-    return tuple(map(str, named))
+    whole = (name if isinstance(name, tuple) else (name,) for name in named)
+    return tuple(map(str, itertools.chain(*whole)))

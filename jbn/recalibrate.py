@@ -25,6 +25,7 @@ from flax import nnx
 from jax import Array
 
 from jbn import functional
+from jbn.core import validate
 from jbn.health import inputs
 from jbn.types import Moments, State
 
@@ -39,10 +40,15 @@ def pooled_moments(
         axis: the feature axis or axes.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or features that differ between them.
+        TypeError: batches is no iterable of these.
     """
     total = None
-    for batch in batches:
+    for batch in _iterable(batches):
+        if isinstance(batch, tuple) and len(batch) != 2:
+            raise ValueError(
+                f"batches holds a tuple of {len(batch)}, expected an array or (array, weights)"
+            )
         x, weights = batch if isinstance(batch, tuple) else (batch, None)
         m = functional.moments(x, axis=axis, weights=weights)
         total = m if total is None else functional.merge_moments(total, m)
@@ -81,8 +87,13 @@ def recalibrate(
     Raises:
         ValueError: no batches, an iterator that cannot be iterated again, passes below 1, a key
             that no state has, or keys that differ between batches.
-        TypeError: passes is no int, or what `collect` returns is no mapping to `jbn.Moments`.
+        TypeError: an argument of another kind, or what `collect` returns is no mapping to
+            `jbn.Moments`.
     """
+    validate.function(collect, "collect", "of (states, batch) to a dict of jbn.moments")
+    validate.mapping(states, "states", "a dict from the name of each norm to its jbn.State")
+    for key, state in states.items():
+        validate.state(state, f"states[{key!r}]")
     return _run(
         jax.jit(collect), states, batches, unbiased=unbiased, passes=passes, progress=progress
     )
@@ -96,6 +107,9 @@ def _run(
     chain: how many norms there are, where one state may hold those of several layers.
     """
     passes = _checked_passes(passes, len(states) if chain is None else chain)
+    unbiased = validate.flag(unbiased, "unbiased")
+    progress = validate.flag(progress, "progress")
+    batches = _iterable(batches)
     if passes > 1 and iter(batches) is batches:
         raise ValueError(
             f"batches is an iterator, expected one that gives the data {passes} times: "
@@ -106,6 +120,7 @@ def _run(
     for number in range(passes):
         total, count = None, 0
         for batch in _shown(batches, progress, number):
+            _check_leaves(batch)
             found = _checked_moments(collect(states, batch), states, total)
             total = found if total is None else merge(total, found)
             count += 1
@@ -121,11 +136,31 @@ def _run(
     return states
 
 
+def _iterable(batches):
+    single = isinstance(batches, str | Mapping)
+    if single or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"batches is a {type(batches).__name__} ({batches!r:.60}), expected an iterable of "
+            "batches: for a single one, [batch]"
+        )
+    return batches
+
+
+def _check_leaves(batch):
+    numbers = int | float | complex | np.number | np.bool_
+    for leaf in jax.tree.leaves(batch):
+        if not isinstance(leaf, numbers) and getattr(leaf, "dtype", np.dtype(object)).kind in "OSU":
+            raise TypeError(
+                f"a batch holds a {type(leaf).__name__} ({leaf!r:.60}), expected arrays and "
+                "numbers: each batch goes through jit"
+            )
+
+
 def _checked_passes(passes, chain):
     if passes is None:
         return max(1, chain)
     try:
-        passes = operator.index(passes)
+        passes = operator.index(None if isinstance(passes, bool) else passes)
     except TypeError:
         raise TypeError(f"passes is {passes!r}, expected an int or None") from None
     if passes < 1:
@@ -168,7 +203,10 @@ def recalibrate_linen(
     apply: Callable[[Any, Any], Any],
     variables: Mapping[str, Any],
     batches: Iterable[Any],
-    **options: Any,
+    *,
+    unbiased: bool = False,
+    passes: int | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """New batch_stats for a linen model, of jbn's or Flax's BatchNorm.
 
@@ -181,24 +219,21 @@ def recalibrate_linen(
             mutable=["batch_stats"], one pass makes the approximation.
         variables: of the model.
         batches: iterated once per pass; each goes through jit.
-        options: unbiased, passes, progress, as in `recalibrate`.
+        unbiased, passes, progress: as in `recalibrate`.
 
     Returns:
-        The variables with new batch_stats; containers keep their types.
+        The variables with new batch_stats; containers and arrays keep their types.
 
     Raises:
         ValueError: as `recalibrate`; no batch_stats, no norm called, or a jax.jit inside `apply`.
+        TypeError: as `recalibrate`.
     """
-    if "batch_stats" not in variables:
-        raise ValueError(
-            f"variables hold {sorted(variables)}, expected 'batch_stats' among them: the running "
-            "statistics that init makes"
-        )
+    example = "of (variables, batch), such as lambda v, batch: model.apply(v, batch, train=False)"
+    apply = _uncompiled(validate.function(apply, "apply", example))
     norms = {
         path: State(norm["mean"], norm["var"], jnp.int32(0))
-        for path, norm in inputs.linen_norms(variables["batch_stats"]).items()
+        for path, norm in inputs.statistics(variables).items()
     }
-    apply = _uncompiled(apply)
 
     @jax.jit
     def collect(variables, states, batch):
@@ -217,11 +252,18 @@ def recalibrate_linen(
 
     # Where nn.scan or nn.vmap stacks layers, the leading axes of a mean count them.
     chain = sum(math.prod(state.mean.shape[:-1]) for state in norms.values())
+    options = {"unbiased": unbiased, "passes": passes, "progress": progress}
     return _with(variables, _run(compiled, norms, batches, chain=chain, **options))
 
 
 def recalibrate_nnx(
-    model: nnx.Module, batches: Iterable[Any], apply: Callable = lambda m, x: m(x), **options: Any
+    model: nnx.Module,
+    batches: Iterable[Any],
+    apply: Callable = lambda m, x: m(x),
+    *,
+    unbiased: bool = False,
+    passes: int | None = None,
+    progress: bool = False,
 ) -> None:
     """New statistics, in place, for an nnx model of jbn's or Flax's BatchNorm.
 
@@ -232,11 +274,18 @@ def recalibrate_nnx(
         model: in eval mode for exact statistics; in train mode one pass makes the approximation.
         batches: iterated once per pass; each goes through jit.
         apply: function of (model, batch) that runs the model on a batch.
-        options: unbiased, passes, progress, as in `recalibrate`.
+        unbiased, passes, progress: as in `recalibrate`.
 
     Raises:
         ValueError: as `recalibrate`; no norm called, or a jax.jit inside `apply`.
+        TypeError: as `recalibrate`; model is no nnx.Module.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__} ({model!r:.60}), expected a flax.nnx.Module: for "
+            "linen there is recalibrate_linen"
+        )
+    validate.function(apply, "apply", "of (model, batch), such as lambda m, x: m(x)")
     norms = inputs.nnx_norms(model)
     graph, variables = nnx.split(model)
     apply = _uncompiled(apply)
@@ -253,6 +302,7 @@ def recalibrate_nnx(
         path: State(norm.mean[...], norm.var[...], jnp.int32(0)) for path, norm in norms.items()
     }
     chain = sum(norm.mean.size // norm.num_features for norm in norms.values())
+    options = {"unbiased": unbiased, "passes": passes, "progress": progress}
     new = _run(functools.partial(collect, variables), states, batches, chain=chain, **options)
     for path, state in new.items():
         norms[path].mean.set_value(state.mean)
@@ -272,14 +322,21 @@ def _for_all(states, found):
 
 
 def _replaced(state, m, unbiased, batches):
-    """The state by the moments of all batches; what they did not count keeps its values."""
+    """The state by the moments of all batches; what they did not count keeps its values.
+
+    A state narrower than float32 is no obstacle here, as nothing is averaged into its old values.
+    """
     m = Moments(*(value.reshape(state.mean.shape) for value in m))
-    update = functools.partial(functional.update_state, momentum=0.0, unbiased=unbiased)
-    new = update(state._replace(mean=state.mean.real), m._replace(mean=m.mean.real))
+    wide = lambda value: value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    old = state._replace(mean=wide(state.mean.real), var=wide(state.var))
+    new = functional.update_state(
+        old, m._replace(mean=m.mean.real), momentum=0.0, unbiased=unbiased
+    )
+    mean = new.mean.astype(state.mean.real.dtype)
     if jnp.iscomplexobj(m.mean):
         imaginary = jnp.where(m.count > 0, m.mean.imag, jnp.imag(state.mean))
-        new = new._replace(mean=jax.lax.complex(new.mean, imaginary.astype(new.mean.dtype)))
-    return new._replace(count=jnp.asarray(batches, state.count.dtype))
+        mean = jax.lax.complex(new.mean, imaginary.astype(new.mean.dtype))
+    return State(mean, new.var.astype(state.var.dtype), jnp.asarray(batches, state.count.dtype))
 
 
 def _equal(before, after):

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
+import jbn.linen
+import jbn.nnx
 from jbn.core import layer as core_layer
 
 
@@ -594,6 +597,9 @@ def test_a_fresh_state_on_an_explicit_mesh_with_split_channels(jit, context):
         "renorm": lambda x, state: jbn.batch_renorm_train(
             x, params, state, r_max=2.0, d_max=1.0, momentum=0.5
         )[1],
+        "virtual": lambda x, state: jbn.batch_norm_train(
+            x, params, state, momentum=0.5, virtual_batch_size=3
+        )[1],
     }
     for step in steps.values():
         call = jax.jit(step) if jit else step
@@ -702,3 +708,26 @@ def test_a_tangent_that_is_nan_stays_where_its_element_is_masked():
         np.testing.assert_array_equal(t_y[kept], expected[kept])
         np.testing.assert_array_equal(t_state.mean, expected_state.mean)
         np.testing.assert_array_equal(t_state.var, expected_state.var)
+
+
+@pytest.mark.third_party
+@pytest.mark.parametrize("how", ["plain", "renorm", "linen", "nnx"])
+def test_a_masked_nan_never_reaches_the_check_of_jax_debug_nans(how):
+    """Not in a derivative taken outside jit either, where each operation on a traced x counts."""
+    x, (params, state) = draw((6, 3)).at[2].set(jnp.nan), jbn.init(3)
+    mask = jnp.arange(6)[:, None] != 2
+    variables = jbn.linen.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
+    linen = jbn.linen.BatchNorm(use_running_average=False)
+    nnx_layer = jbn.nnx.BatchNorm(3, update_stats=False, rngs=nnx.Rngs(0))
+    loss = {
+        "plain": lambda x: jbn.batch_norm_train(x, params, state, weights=mask)[0].sum(),
+        "renorm": lambda x: jbn.batch_renorm_train(
+            x, params, state, weights=mask, r_max=2.0, d_max=1.0
+        )[0].sum(),
+        "linen": lambda x: linen.apply(variables, x, mask=mask, mutable=["batch_stats"])[0].sum(),
+        "nnx": lambda x: nnx_layer(x, mask=mask).sum(),
+    }[how]
+    with jax.debug_nans(True):
+        for step in (loss, jax.grad(loss), lambda x: jax.jvp(loss, (x,), (jnp.ones((6, 3)),))):
+            for call in (step, jax.jit(step)):
+                assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(call(x)))

@@ -184,3 +184,24 @@ def test_layers_called_scale_or_bias_are_judged_by_what_they_hold():
     selected = norm_mask(Pair(LAYERS, [LAYERS]), lambda path: path == ("second", "0", "norm"))
     assert sum(jax.tree.leaves(selected)) == 2
     assert selected.second[0]["norm"] == {"scale": True, "bias": True}
+
+
+def test_keys_that_are_whole_paths():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    mask = norm_mask(flat)
+    assert jax.tree.structure(mask) == jax.tree.structure(flat)
+    assert jax.tree.leaves(mask) == [False, False, True, True]
+    dense, norm = ({"bias": 0.0, "kernel": 0.0}, {"bias": 0.0, "scale": 0.0})
+    by_path = flax.traverse_util.flatten_dict({"a": dense, "b": norm})
+    assert norm_mask(by_path) == {key: key[0] == "b" for key in by_path}
+    assert norm_mask(by_path, lambda path: path != ("b",)) == dict.fromkeys(by_path, False)
+
+
+def test_no_tree_no_function_and_no_mask_are_errors():
+    with pytest.raises(TypeError, match="params is a str"):
+        norm_mask("scale")
+    with pytest.raises(TypeError, match="select is 3"):
+        norm_mask({"scale": 0.0}, 3)
+    with pytest.raises(TypeError, match="mask is Array"):
+        not_({"scale": jnp.ones(2)})

@@ -279,3 +279,117 @@ def test_wrong_passes_and_wrong_moments_are_errors():
         recalibrate_linen(lambda v, x: x, {"params": {}}, xs)
     with pytest.raises(ValueError, match="no batch norm was called"):
         recalibrate_nnx(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), xs)
+
+
+def test_statistics_narrower_than_float32_keep_their_dtype():
+    """Nothing is averaged into them here, so that they cannot stall: only the result is rounded."""
+    xs = batches(4)
+    mean, var = pooled(xs)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    narrow = lambda tree: jax.tree.map(lambda v: v.astype(jnp.bfloat16), tree)
+    model = jbn.linen.BatchNorm(use_running_average=True)
+    variables = narrow(model.init(jax.random.key(0), xs[0]))
+    norm = jbn.nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    nnx.update(norm, narrow(nnx.state(norm)))
+    recalibrate_nnx(norm, xs)
+    state = jbn.init(4)[1]
+    state = state._replace(mean=state.mean.astype(jnp.bfloat16), var=state.var.astype(jnp.float16))
+    functional = recalibrate(lambda states, x: {"a": jbn.moments(x)}, {"a": state}, xs)["a"]
+    assert (functional.mean.dtype, functional.var.dtype) == (jnp.bfloat16, jnp.float16)
+    linen = recalibrate_linen(model.apply, variables, xs)["batch_stats"]
+    for found in ((linen["mean"], linen["var"]), (norm.mean[...], norm.var[...]), functional[:2]):
+        assert found[0].dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(found[0]), mean, rtol=eps)
+        np.testing.assert_allclose(np.float32(found[1]), var, rtol=eps)
+
+
+class Energy(nn.Module):
+    """A model that differentiates itself in its call."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        if self.is_initializing():
+            return norm(x)
+        return nn.value_and_grad(lambda norm, x: jnp.sum(norm(x) ** 2), norm, x)[0]
+
+
+def test_a_model_that_differentiates_itself():
+    xs = batches(2)
+    variables = Energy().init(jax.random.key(0), xs[0])
+    norm = recalibrate_linen(Energy().apply, variables, xs)["batch_stats"]["norm"]
+    close((norm["mean"], norm["var"]), pooled(xs))
+
+
+@pytest.mark.x64
+def test_float64_batches_in_a_loop_that_carries_float32_statistics():
+    xs = [x.astype(np.float64) for x in batches(2)]
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            nn.BatchNorm(use_running_average=True, name="norm", dtype=jnp.float64)(x)
+            return x, None
+
+    variables = Step().init(jax.random.key(0), xs[0], None)
+    axes = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+    loop = nn.scan(Step, length=3, split_rngs={"params": False}, **axes)()
+    new = recalibrate_linen(lambda v, x: loop.apply(v, x, None), variables, xs)
+    norm = new["batch_stats"]["norm"]
+    assert norm["mean"].dtype == jnp.float32
+    close((norm["mean"], norm["var"]), pooled(xs))
+
+
+def test_arguments_of_the_wrong_kind():
+    """Each message is jbn's own, and holds the value."""
+    model, xs, state = nn.BatchNorm(use_running_average=True), batches(1), jbn.init(4)[1]
+    variables = model.init(jax.random.key(0), xs[0])
+    norm = nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    good = lambda states, x: {"a": jbn.moments(x)}
+    named = {
+        "batches is a NoneType": lambda: pooled_moments(None),
+        "batches is a dict": lambda: recalibrate_linen(model.apply, variables, {"image": xs[0]}),
+        "batches is a int": lambda: recalibrate_nnx(norm, 5),
+        "batch holds a str": lambda: recalibrate_nnx(norm, ["cat"]),
+        "apply is None": lambda: recalibrate_linen(None, variables, xs),
+        "apply is 3": lambda: recalibrate_nnx(norm, xs, 3),
+        "variables is a NoneType": lambda: recalibrate_linen(model.apply, None, xs),
+        "model is a BatchNorm": lambda: recalibrate_nnx(model, xs),
+        "collect is 'x'": lambda: recalibrate("x", {"a": state}, xs),
+        "states is a list": lambda: recalibrate(good, [state], xs),
+        r"states\['a'\] is a int": lambda: recalibrate(good, {"a": 3}, xs),
+        "unbiased is 'no'": lambda: recalibrate(good, {"a": state}, xs, unbiased="no"),
+        "progress is 1": lambda: recalibrate_linen(model.apply, variables, xs, progress=1),
+        "passes is True": lambda: recalibrate(good, {"a": state}, xs, passes=True),
+    }
+    for message, call in named.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="holds a tuple of 3"):
+        pooled_moments([(xs[0],) * 3])
+    shapes = state._replace(var=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"var has shape \(3,\), expected \(4,\)"):
+        recalibrate(good, {"a": shapes}, xs)
+
+
+def test_damaged_variables_are_named():
+    """Flax makes what is missing anew in a mutable collection, and would then read it."""
+    xs = batches(1)
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = lambda name: nn.BatchNorm(use_running_average=True, name=name)
+            return norm("b")(norm("a")(x))
+
+    variables = Two().init(jax.random.key(0), xs[0])
+    good = variables["batch_stats"]
+    for damaged, message in (
+        ({"a": good["a"]}, "b has no mean and var"),
+        ({"a": good["a"], "b": {"mean": good["b"]["mean"]}}, "b has no mean and var"),
+        ({"a": good["a"], "b": {**good["b"], "var": None}}, "b has a mean .* and var None"),
+        ({"a": good["a"], "b": {**good["b"], "var": np.ones(3)}}, r"b has a mean .* and var \(3"),
+        ({}, r"batch_stats is \{\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recalibrate_linen(Two().apply, {**variables, "batch_stats": damaged}, xs)

@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array
 
 from jbn.convert import kinds
+from jbn.core import validate
 from jbn.types import Params, State
 
 _EXTRA = {"torch": "install torch", "equinox": "pip install 'jbn[peers]'"}
@@ -102,8 +103,8 @@ def debiased_momentum(momentum: float, count: Array) -> Array:
 
     Reference: Kingma & Ba 2015, section 3.
     """
-    decay = jnp.asarray(momentum, jnp.float32)
-    count = count.astype(jnp.float32)
+    validate.update(momentum)
+    decay, count = jnp.asarray(momentum, jnp.float32), jnp.asarray(count, jnp.float32)
     return decay * (1 - decay**count) / (1 - decay ** (count + 1))
 
 
@@ -125,6 +126,7 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[Params, State]:
     if hasattr(state_dict, "state_dict"):
         kinds.library(state_dict, "torch")
         state_dict = state_dict.state_dict()
+    validate.mapping(state_dict, "state_dict", "that of a torch module, or the module itself")
     found = {
         name: to_array(state_dict[prefix + name])
         for name in _TORCH_NAMES
@@ -137,12 +139,16 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[Params, State]:
             f"state_dict has no {prefix}running_mean and running_var, expected those of a batch "
             f"norm; it has {list(state_dict)[:8]}"
         )
-    sizes = {name: value.shape for name, value in found.items() if name in _TORCH_NAMES[:4]}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the batch norm {prefix!r} has shapes {sizes}, expected one for all")
+    _one_shape({name: found.get(name) for name in _TORCH_NAMES[:4]}, f"the batch norm {prefix!r}")
     count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
     state = State(found["running_mean"], found["running_var"], count.astype(jnp.int32))
     return Params(found.get("weight"), found.get("bias")), state
+
+
+def _one_shape(vectors, what):
+    shapes = {name: value.shape for name, value in vectors.items() if value is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{what} has shapes {shapes}, expected one for all")
 
 
 _TORCH_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -185,7 +191,7 @@ def from_linen(variables: Mapping[str, Any], *, count: int = 0) -> tuple[Params,
         variables: {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}} of the layer.
         count: batches seen, which Flax does not record.
     """
-    if "batch_stats" not in variables:
+    if "batch_stats" not in validate.mapping(variables, "variables", "those of one BatchNorm"):
         raise ValueError(
             f"variables hold {sorted(variables)}, expected 'batch_stats' among them: the running "
             "statistics of one BatchNorm"
@@ -209,15 +215,24 @@ def from_nnx(values: Mapping[str, Any], *, count: int = 0) -> tuple[Params, Stat
         values: "scale", "bias", "mean", "var" of the layer: nnx.to_pure_dict(nnx.state(layer)).
         count: batches seen, which Flax does not record.
     """
-    if not {"mean", "var"} <= set(values):
+    expected = "those of one BatchNorm, such as nnx.to_pure_dict(nnx.state(layer))"
+    if not {"mean", "var"} <= set(validate.mapping(values, "values", expected)):
         raise ValueError(
             f"the layer holds {sorted(map(str, values))}, expected mean and var (and scale, bias): "
             "those of one BatchNorm"
         )
     array = lambda name: None if values.get(name) is None else to_array(values[name])
-    return Params(array("scale"), array("bias")), State(
-        to_array(values["mean"]), to_array(values["var"]), jnp.int32(count)
-    )
+    vectors = {name: array(name) for name in ("scale", "bias", "mean", "var")}
+    _one_shape(vectors, "the batch norm")
+    scale, bias, mean, var = vectors.values()
+    return Params(scale, bias), State(mean, var, _batches(count))
+
+
+def _batches(count):
+    validate.scalar(count, "count")
+    if count != int(count) or count < 0:
+        raise ValueError(f"count is {count}, expected an int of at least 0: the batches seen")
+    return jnp.int32(count)
 
 
 def to_nnx(params: Params, state: State) -> dict[str, Array]:
@@ -235,6 +250,8 @@ def from_haiku(
         params, state: of the transformed function.
         name: of the module in them, such as "resnet/batch_norm_1".
     """
+    for what, tree in (("params", params), ("state", state)):
+        validate.mapping(tree, what, f"the {what} of a transformed function")
     if f"{name}/~/mean_ema" not in state:
         raise ValueError(f"no {name}/~/mean_ema in the state, expected one of {list(state)}")
     learned = params.get(name, {})
@@ -269,8 +286,9 @@ def to_haiku(
         momentum: its decay_rate.
     """
     _one_axis(state, "Haiku")
+    validate.update(momentum)
     shape = [1] * ndim
-    shape[axis] = state.mean.size
+    shape[validate.axis(axis, ndim)[0]] = state.mean.size
     learned = {"scale": params.scale, "offset": params.bias}
     correction = 1 - momentum ** int(state.count)
 
@@ -301,6 +319,11 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
         state: the equinox.nn.State it belongs to.
     """
     kinds.library(layer, "equinox")
+    if not hasattr(state, "get"):
+        raise TypeError(
+            f"state is a {type(state).__name__} ({state!r:.60}), expected the equinox.nn.State "
+            "that the layer belongs to"
+        )
     params = Params(layer.weight, layer.bias)
     if layer.mode == "ema":
         mean, var = state.get(layer.ema_state_index)
@@ -325,6 +348,18 @@ def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> 
     """
     equinox = _import("equinox")
     _one_axis(state, "Equinox")
+    kinds.library(layer, "equinox")
+    for name, given, held in (
+        ("scale", params.scale, layer.weight),
+        ("bias", params.bias, layer.bias),
+        ("mean", state.mean, jnp.zeros(layer.input_size)),
+    ):
+        shapes = [None if vector is None else vector.shape for vector in (given, held)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name} has shape {shapes[0]}, expected {shapes[1]}, that of the layer: make it "
+                "with as many channels, and with channelwise_affine as the params are"
+            )
     if params.scale is not None:
         layer = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(params))
     if layer.mode == "ema":
@@ -349,9 +384,11 @@ def from_keras(layer: Any, *, count: int = 0) -> tuple[Params, State]:
         count: batches seen, which Keras does not record.
     """
     kinds.library(layer, "keras")
+    if not layer.built:
+        raise ValueError(f"the layer {layer.name!r} is not built yet, expected layer.build(shape)")
     array = lambda variable: None if variable is None else to_array(variable.value)
     return Params(array(layer.gamma), array(layer.beta)), State(
-        to_array(layer.moving_mean.value), to_array(layer.moving_variance.value), jnp.int32(count)
+        to_array(layer.moving_mean.value), to_array(layer.moving_variance.value), _batches(count)
     )
 
 
@@ -372,6 +409,8 @@ def to_array(value: Any) -> Array:
         value = value.float().numpy() if bfloat16 else value.numpy()
         value = value.astype(jnp.bfloat16) if bfloat16 else value
     value = np.asarray(value)
+    if value.dtype.kind in "OSU":
+        raise TypeError(f"{value!r:.60} is no array of numbers, expected a tensor or an array")
     array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
     if array.dtype != value.dtype and value.dtype != np.int64:
         raise ValueError(
@@ -382,6 +421,7 @@ def to_array(value: Any) -> Array:
 
 
 def _one_axis(state, library):
+    validate.state(state, "state")
     if state.mean.ndim != 1:
         raise ValueError(
             f"features have shape {state.mean.shape}, expected one axis: {library} has no batch "

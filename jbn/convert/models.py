@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jbn.convert import kinds
 from jbn.convert.layers import from_torch, to_array, to_linen
+from jbn.core import validate
 from jbn.fold.pairs import Pair
 
 Path = tuple[Hashable, ...]
@@ -84,6 +85,11 @@ def from_torch_model(
         TypeError: a layer of the model that is none of these.
     """
     layers = _of_model(state_dict) if hasattr(state_dict, "named_modules") else _of(state_dict)
+    if not layers:
+        raise ValueError(f"state_dict is empty ({state_dict!r:.60}), expected that of a model")
+    validate.function(path, "path", "from a torch prefix to a linen path")
+    if flattened is not None:
+        validate.mapping(flattened, "flattened", "a dict from a dense layer's prefix to a shape")
     paths = {prefix: path(prefix) for prefix in layers}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two modules have one path, expected each its own: {paths}")
@@ -181,6 +187,7 @@ def _of_model(model):
 
 def _of(state_dict):
     """As `_of_model`, with the kinds told by the names and ranks in a state_dict."""
+    validate.mapping(state_dict, "state_dict", "that of a torch model, or the model itself")
     layers: dict[str, Any] = {}
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition(".")

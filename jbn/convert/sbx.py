@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jbn.core import validate
+
 _OWN = {"mean", "var", "r_max", "d_max", "steps"}  # of sbx's layer in batch_stats
 
 
@@ -30,6 +32,7 @@ def from_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5
     Raises:
         ValueError: a layer has other limits.
     """
+    validate.mapping(variables, "variables", "those of a model of sbx")
     return _mapped(variables, _OWN, lambda layer, path: _without_limits(layer, path, r_max, d_max))
 
 
@@ -40,6 +43,7 @@ def to_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5) 
         variables: {"params": ..., "batch_stats": ...} of a whole model or of one layer.
         r_max, d_max: the limits to store.
     """
+    validate.mapping(variables, "variables", "those of a model with jbn's BatchRenorm")
     limits = {"r_max": r_max, "d_max": d_max}
 
     def with_limits(layer, path):

@@ -34,7 +34,11 @@ def output_dtype(x: Array, params: Params, dtype: Any, *others: Array) -> Any:
     The rule is explicit, so it is the same under strict promotion.
     """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.dtype(canonicalize_dtype(x, params.scale, params.bias, *others, dtype=dtype))
+        if dtype is None:
+            dtype = jnp.result_type(*(v for v in (x, *params, *others) if v is not None))
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                dtype = jnp.promote_types(dtype, jnp.float32)
+        return jnp.dtype(canonicalize_dtype(dtype=dtype))
 
 
 def batch_norm(

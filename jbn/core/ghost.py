@@ -39,6 +39,7 @@ def batch_norm(
     local = config._replace(axis=axis, axis_name=None, axis_index_groups=None)
     operands = Operands(x, scale, bias, residual, eps)
     y, each = autodiff.batch_norm(local, operands, weights, guess)
+    each = sharding.split_alike(each, x, axis)  # the counts, which come split over nothing
     pooled = stats.psum_stats(stats.pool(each), config.axis_name, config.axis_index_groups)
     return _ungrouped(y), pooled
 

@@ -6,7 +6,7 @@ Each message says what came, what was expected, and how to mend it.
 import itertools
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +38,16 @@ def array(value: Any, name: str) -> Array:
             else f"cast it, {name}.astype(jnp.float32)"
         )
         raise TypeError(f"{name} has dtype {value.dtype}, expected a real floating dtype: {mend}")
-    return jnp.asarray(value)
+    return jax_array(value)
+
+
+def jax_array(value: Any) -> Array:
+    """The value as a JAX array; one that is an array already, traced or not, comes back as it is.
+
+    On a traced array jnp.asarray is an operation, whose result jax_debug_nans checks: it would stop
+    at the NaN of an element that a mask leaves out.
+    """
+    return value if isinstance(value, Array) else jnp.asarray(value)
 
 
 def floating_dtype(dtype: Any, name: str) -> Any:
@@ -59,7 +68,7 @@ def output_dtype(dtype: Any, x: Array) -> Any:
 def features(value: int | Sequence[int]) -> tuple[int, ...]:
     sizes = value if isinstance(value, Sequence) else (value,)
     try:
-        sizes = tuple(operator.index(size) for size in sizes)
+        sizes = tuple(map(_index, sizes))
     except TypeError:
         raise TypeError(
             f"features is {value!r}, expected a positive int or a tuple of them"
@@ -75,7 +84,7 @@ def axis(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """The feature axes, non-negative and ascending."""
     axes = value if isinstance(value, Sequence) else (value,)
     try:
-        axes = tuple(operator.index(a) for a in axes)
+        axes = tuple(map(_index, axes))
     except TypeError:
         raise TypeError(
             f"axis is {value!r}, expected an int or a tuple of ints: the feature axis or axes of x"
@@ -122,7 +131,7 @@ def _other_axis(features, shape):
 
 
 def update(momentum: float | Array | None) -> None:
-    number = None if momentum is None else _scalar(momentum, "momentum")
+    number = None if momentum is None else scalar(momentum, "momentum")
     if number is not None and not 0 <= number <= 1:
         raise ValueError(
             f"momentum is {momentum}, expected 0 <= momentum <= 1: the weight of the OLD value, "
@@ -132,11 +141,11 @@ def update(momentum: float | Array | None) -> None:
 
 def epsilon(eps: float | Array, dtype: Any = jnp.float32) -> None:
     """A number that is positive in the dtype of the statistics of an array of the given dtype."""
-    number = _scalar(eps, "eps")
+    number = scalar(eps, "eps")
     if number is None:
         return
-    if not number > 0:
-        raise ValueError(f"eps is {eps}, expected eps > 0, such as 1e-5")
+    if not 0 < number < math.inf:
+        raise ValueError(f"eps is {eps}, expected eps > 0 and finite, such as 1e-5")
     dtype = accumulator(dtype)
     if number < jnp.finfo(dtype).tiny:  # XLA computes with zero in place of subnormal numbers
         raise ValueError(
@@ -147,14 +156,14 @@ def epsilon(eps: float | Array, dtype: Any = jnp.float32) -> None:
 
 def flax_epsilon(epsilon: float | Array) -> None:
     """Flax's modules take 0 too."""
-    number = _scalar(epsilon, "epsilon")
-    if number is not None and not number >= 0:
-        raise ValueError(f"epsilon is {epsilon}, expected epsilon >= 0, such as 1e-5")
+    number = scalar(epsilon, "epsilon")
+    if number is not None and not 0 <= number < math.inf:
+        raise ValueError(f"epsilon is {epsilon}, expected epsilon >= 0 and finite, such as 1e-5")
 
 
 def limits(r_max: float | Array, d_max: float | Array) -> None:
     for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        number = _scalar(value, name)
+        number = scalar(value, name)
         if number is not None and not number >= least:
             raise ValueError(
                 f"{name} is {value}, expected {name} >= {least}: "
@@ -177,7 +186,7 @@ def weights(value: Array | None, x: Array) -> Array | None:
             f"weights has shape {value.shape}, not broadcastable to x {x.shape}: "
             "a mask of examples needs size-1 axes for the rest, such as mask[:, None, None, None]"
         )
-    return jnp.asarray(value).reshape(shape)
+    return jax_array(value).reshape(shape)
 
 
 def residual(value: Array | None, x: Array) -> Array | None:
@@ -197,6 +206,18 @@ def activation(value: Any) -> Any:
         raise TypeError(
             f"activation is {value!r}, expected None or an elementwise function such as jax.nn.relu"
         )
+    return value
+
+
+def function(value: Any, name: str, meaning: str) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} is {value!r:.60}, expected a function {meaning}")
+    return value
+
+
+def mapping(value: Any, name: str, expected: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.60}), expected {expected}")
     return value
 
 
@@ -336,6 +357,18 @@ def moments(value: Moments, name: str = "moments") -> None:
             )
 
 
+def state(value: State, name: str) -> None:
+    """Statistics of one layer, of any floating dtype."""
+    _named_tuple(value, State, name, "make it with jbn.init(features)")
+    mean, var = array(value.mean, f"{name}.mean"), array(value.var, f"{name}.var")
+    if mean.shape != var.shape:
+        raise ValueError(
+            f"{name}.var has shape {var.shape}, expected {mean.shape}, that of {name}.mean: "
+            "make the state with jbn.init(features)"
+        )
+    _count(value.count, f"{name}.count")
+
+
 def updatable(value: State) -> None:
     """A state that can be updated with a batch."""
     _named_tuple(value, State, "state", "make it with jbn.init(features)")
@@ -352,10 +385,14 @@ def updatable(value: State) -> None:
                 f"{name} has dtype {leaf.dtype}, in which a running average stalls, expected "
                 f"float32: state._replace({name}=state.{name}.astype(jnp.float32))"
             )
-    _is_array(value.count, "count")
-    if not jnp.issubdtype(value.count.dtype, jnp.integer) or value.count.shape:
+    _count(value.count, "count")
+
+
+def _count(value, name):
+    _is_array(value, name)
+    if not jnp.issubdtype(value.dtype, jnp.integer) or value.shape:
         raise TypeError(
-            f"count has dtype {value.count.dtype} and shape {value.count.shape}, expected an "
+            f"{name} has dtype {value.dtype} and shape {value.shape}, expected an "
             "int32 scalar: the number of batches seen, such as jnp.int32(0)"
         )
 
@@ -384,7 +421,12 @@ def _is_array(value, name):
         )
 
 
-def _scalar(value, name):
+def _index(value):
+    """An int; True is none."""
+    return operator.index(None if isinstance(value, bool) else value)
+
+
+def scalar(value, name):
     """The value as a float; None if it is traced, and only its shape and dtype are known."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         is_number = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))

@@ -1,10 +1,12 @@
 """How far two versions of a model are apart: the proof handed out with a fold or a conversion."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+from jbn.core import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,14 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
 
     Raises:
         ValueError: no inputs, or outputs of different shapes.
+        TypeError: no functions, inputs that are no iterable, or outputs that are no arrays.
     """
+    validate.function(reference, "reference", "of one argument")
+    validate.function(candidate, "candidate", "of one argument")
+    if not hasattr(inputs, "__iter__") or isinstance(inputs, str | Mapping):
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__} ({inputs!r:.60}), expected a list of arguments"
+        )
     error, largest, tried = 0.0, 0.0, 0
     for x in inputs:
         expected, found = (_widest(np.asarray(f(x))) for f in (reference, candidate))
@@ -61,4 +70,8 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
 
 def _widest(output):
     """float64, or complex128 for complex numbers."""
+    if output.dtype.kind in "OSU":
+        raise TypeError(
+            f"a function returned {output!r:.60}, expected one array: choose one of the outputs"
+        )
     return output.astype(np.complex128 if np.iscomplexobj(output) else np.float64)

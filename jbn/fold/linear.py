@@ -1,7 +1,7 @@
 """Folding: a batch norm in inference mode becomes part of the linear layer before or after it."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,8 +128,13 @@ def fold_next(
         raise ValueError(f"{in_axis=} and {out_axis=} are the same axis of kernel {kernel.shape}")
     moved = jnp.moveaxis(kernel, (read_axis, made_axis), (-2, -1))  # [..., in / groups, out]
     *window, read, made = moved.shape
+    groups = _positive(groups, "groups")
+    transposed = validate.flag(transposed, "transposed")
+    for name, value in (("strides", strides), ("input_dilation", input_dilation)):
+        for number in value if isinstance(value, Sequence) else (value,):
+            _positive(number, name)
     _refuse_zeros(padding, window, strides, input_dilation, transposed)
-    if groups < 1 or state.mean.shape != (read * groups,) or made % groups:
+    if state.mean.shape != (read * groups,) or made % groups:
         raise ValueError(
             f"kernel {kernel.shape} with {groups=} reads {read * groups} features, expected those "
             f"of the batch norm, {state.mean.shape}"
@@ -153,6 +158,16 @@ def fold_next(
         return _cast(scaled, kernel), _cast(added, kernel)
 
 
+def _positive(value, name):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r:.60}, expected a positive int") from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}, expected a positive int")
+    return number
+
+
 def kernel_axes(
     dimension_numbers: Any, ndim: int, *, transpose_kernel: bool = False
 ) -> tuple[int, int]:
@@ -163,7 +178,17 @@ def kernel_axes(
             ConvDimensionNumbers, or None.
         ndim: rank of the input.
         transpose_kernel: as in `lax.conv_transpose`.
+
+    Raises:
+        TypeError, ValueError: no such dimension numbers, or a rank below 2.
     """
+    if _positive(ndim, "ndim") < 2:
+        raise ValueError(f"ndim is {ndim}, expected at least 2: a batch axis and features")
+    if isinstance(dimension_numbers, str):
+        raise TypeError(
+            f"dimension_numbers is {dimension_numbers!r}, expected three layouts, such as "
+            '("NHWC", "HWIO", "NHWC"), or None'
+        )
     shape = (1,) * ndim
     out, read, *_ = lax.conv_dimension_numbers(shape, shape, dimension_numbers).rhs_spec
     return (out, read) if transpose_kernel else (read, out)
@@ -189,23 +214,30 @@ def _check(kernel, bias, params, state, eps):
             raise ValueError(
                 f"{name} has shape {array.shape}, expected that of mean, {state.mean.shape}"
             )
-    if not isinstance(eps, Tracer) and not (np.ndim(eps) == 0 and 0 <= eps < np.inf):
+    number = validate.scalar(eps, "eps")
+    if number is not None and not 0 <= number < np.inf:
         raise ValueError(f"eps is {eps}, expected a finite number >= 0: the batch norm's epsilon")
-    if isinstance(state.var, Tracer):
+    _check_values("mean", state.mean, np.isfinite, "finite numbers")
+    positive = lambda var: np.isfinite(var) & (var.real >= 0) & (var.real + (number or 0) > 0)
+    expected = "finite numbers, not negative" + (", and not 0, as eps is 0" if number == 0 else "")
+    _check_values("var", state.var, lambda v: positive(v) | (number is None) & (v == 0), expected)
+
+
+def _check_values(name, array, good, expected):
+    if isinstance(array, Tracer):
         return
-    wrong = np.flatnonzero(~(np.asarray(state.var.real) >= 0))
+    values = np.asarray(array).ravel()
+    wrong = np.flatnonzero(~good(values))
     if wrong.size:
         raise ValueError(
-            f"var is {np.asarray(state.var).ravel()[wrong[0]]} for feature {wrong[0]} "
-            f"({wrong.size} such features), expected no negative and no NaN: look at the model "
-            "with jbn.health"
+            f"{name} is {values[wrong[0]]} for feature {wrong[0]} ({wrong.size} such features), "
+            f"expected {expected}: look at the model with jbn.health"
         )
 
 
 def _axes(value, kernel) -> tuple[int, ...]:
     """Axes of the kernel, not negative and ascending."""
-    axes = (value,) if isinstance(value, int) else tuple(value)
-    return validate.axis(axes, kernel.ndim)
+    return validate.axis(value, kernel.ndim)
 
 
 def _refuse_zeros(padding, window, strides, input_dilation, transposed):
@@ -265,11 +297,14 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
         `FoldedNorm` and use_bias=True. Everything else is untouched.
 
     Raises:
-        ValueError: a path that is not there, a layer or norm named twice, or shapes that do not
-            fit.
+        ValueError: a path that is not there or holds something else, a layer or norm named twice,
+            or shapes that do not fit.
+        TypeError: pairs that are no `Pair`, or variables that are no mapping.
 
     Certify the result: `certify(before, after, inputs)`.
     """
+    validate.mapping(variables, "variables", "linen's variables or the pure dict of an nnx model")
+    pairs = _pairs(pairs)
     for named in ("layer", "norm"):
         paths = [getattr(pair, named) for pair in pairs]
         if len(set(paths)) < len(paths):
@@ -283,6 +318,8 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
             _at(remembered, pair.norm),
             _at(learned, pair.layer),
         )
+        _expect(pair.norm, moments, ("mean", "var"), "a batch norm")
+        _expect(pair.layer, layer, ("kernel",), "a convolution or dense layer")
         params = Params(norm.get("scale"), norm.get("bias"))
         state = State(moments["mean"], moments["var"], jnp.zeros((), jnp.int32))
         kernel, bias = fold_previous(
@@ -294,6 +331,33 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
         return learned
     folded = {**variables, "params": learned, "batch_stats": remembered}
     return {name: tree for name, tree in folded.items() if tree or name != "batch_stats"}
+
+
+def _pairs(pairs) -> tuple[Pair, ...]:
+    single = isinstance(pairs, Pair | str) or not isinstance(pairs, Iterable)
+    pairs = (pairs,) if single else tuple(pairs)
+    for pair in pairs:
+        if single or not isinstance(pair, Pair):
+            raise TypeError(
+                f"pairs holds a {type(pair).__name__} ({pair!r:.60}), expected a list of "
+                "jbn.fold.Pair, such as find_pairs returns"
+            )
+        for path in (pair.layer, pair.norm):
+            if not isinstance(path, tuple):
+                raise TypeError(
+                    f"a pair names {path!r:.60}, expected a tuple of keys, such as "
+                    '("Block_0", "Conv_0")'
+                )
+    return pairs
+
+
+def _expect(path, held, names, what):
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise ValueError(
+            f"{'/'.join(map(str, path))} holds {sorted(map(str, held))}, expected "
+            f"{' and '.join(names)}: {what}"
+        )
 
 
 class FoldedNorm(nnx.Module):
@@ -321,7 +385,14 @@ def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
 
     Raises:
         ValueError: as `fold_variables`.
+        TypeError: as `fold_variables`, or model is no nnx.Module.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__} ({model!r:.60}), expected a flax.nnx.Module: for "
+            "linen there is fold_variables"
+        )
+    pairs = _pairs(pairs)
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(nnx.iter_modules(model))
     for path in (path for pair in pairs for path in (pair.layer, pair.norm)):

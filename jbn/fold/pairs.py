@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from jbn.core import validate
+
 Path = tuple[Hashable, ...]  # keys of dicts, indices of lists
 # The names under which primitives that only wrap a program hold it.
 _WRAPPERS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
@@ -85,7 +87,16 @@ def find_pairs(
 
     Raises:
         ValueError: eps is given and the program says otherwise.
+        TypeError: apply is no function, variables hold no arrays, or eps is no number.
     """
+    validate.function(apply, "apply", "of (variables, *args)")
+    if eps is not None:
+        validate.scalar(eps, "eps")
+    if not jax.tree.leaves(variables):
+        raise TypeError(
+            f"variables is a {type(variables).__name__} without arrays ({variables!r:.60}), "
+            "expected linen's variables or an nnx.State"
+        )
     closed = jax.make_jaxpr(apply)(variables, *args)
     paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
     uses, equations = Counter(), []

@@ -58,6 +58,9 @@ def input_moments(
     if isinstance(model, nnx.Module):
         found = collect_nnx(lambda copy: copy(*args, **kwargs), nnx.clone(model))
     elif isinstance(model, linen.Module):
+        variables = args[0] if args else kwargs.get("variables")
+        if not isinstance(variables, Mapping) or _COLLECTION in variables:
+            statistics(variables)  # raises; a model without any norm says so itself
         found = collect_linen(lambda: model.apply(*args, **kwargs))
     else:
         raise TypeError(
@@ -93,6 +96,11 @@ def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
         run()
     for scope, nothing in scopes:
         for path, norm in linen_norms(scope.variables()[_COLLECTION]).items():
+            if _VARIABLE not in norm:  # Flax has made it, as it may in a mutable collection
+                raise ValueError(
+                    f"{'/'.join(map(str, path)) or 'the layer'} has no mean and var among the "
+                    f"variables, expected both in '{_COLLECTION}': look at them with jbn.health"
+                )
             m = norm[_VARIABLE]
             if m is not nothing[path]:
                 found[path] = merge(found[path], m) if path in found else m
@@ -104,7 +112,10 @@ def _linen_scopes():
     """Give each norm its variable of moments wherever a model meets its variables, and list these.
 
     The model may be run without mutable=["batch_stats"], and Flax intercepts no method of a class
-    that nn.remat or the like has made. What every `apply` and `bind` calls is `flax.core.bind`.
+    that nn.remat or the like has made. What every `apply` and `bind` calls is `flax.core.bind`,
+    which is replaced in this thread until the run ends: nothing public does. `sow`, `perturb` and
+    `put_variable` need a mutable collection, which only the caller of `apply` can ask for; running
+    the outermost module again from an interceptor draws other random numbers, and misses nn.remat.
     """
     scopes, thread, original = [], threading.get_ident(), core.scope.bind
 
@@ -166,6 +177,33 @@ def nnx_norms(model: nnx.Module) -> dict[Path, nnx.BatchNorm]:
     }
 
 
+def statistics(variables: Any) -> dict[Path, Mapping[str, Any]]:
+    """The `linen_norms` of a linen model's variables.
+
+    Raises:
+        TypeError: variables is no mapping.
+        ValueError: it holds no running statistics, or a layer's mean and var do not fit each other.
+    """
+    validate.mapping(variables, "variables", "the dict that model.init returns")
+    held = variables.get(_COLLECTION)
+    norms = linen_norms(held) if isinstance(held, Mapping) else {}
+    if not norms:
+        kind = "" if held is None else f" ({_COLLECTION} is {held!r:.60})"
+        raise ValueError(
+            f"variables hold {sorted(variables)}{kind}, expected '{_COLLECTION}' among them, with "
+            "a mean and a var for each batch norm: the running statistics that init makes"
+        )
+    for path, norm in norms.items():
+        mean, var = norm["mean"], norm["var"]
+        if getattr(mean, "shape", None) != getattr(var, "shape", ()):
+            raise ValueError(
+                f"{'/'.join(map(str, path)) or 'the layer'} has a mean of shape {mean.shape} and "
+                f"var {getattr(var, 'shape', var)!r:.60}, expected two arrays of one shape: look "
+                "at the variables with jbn.health"
+            )
+    return norms
+
+
 def linen_norms(batch_stats: Mapping[str, Any], path: Path = ()) -> dict[Path, Mapping[str, Any]]:
     """Every dict of batch_stats that holds a mean and a var, by its path."""
     if {"mean", "var"} <= set(batch_stats) and hasattr(batch_stats["mean"], "dtype"):
@@ -208,7 +246,7 @@ def _read_arguments(function, layer, args, kwargs):
 
 def _record(total, norm, x, mask):
     """The moments read so far with those of one call, which reads x and mask as the norm does."""
-    x = jnp.asarray(x)
+    x = validate.jax_array(x)
     if not x.size:
         return total
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
@@ -221,7 +259,11 @@ def _record(total, norm, x, mask):
     if jnp.iscomplexobj(x):
         imaginary = moments(x.imag)
         m = Moments(m.count, lax.complex(m.mean, imaginary.mean), m.m2 + imaginary.m2)
-    return _add(total, jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
+    # Of the types of the total, which may be what a loop carries. Nothing is differentiated.
+    m = lax.stop_gradient(jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
+    wide = jnp.result_type(total.mean.dtype, jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+    m = Moments(m.count.astype(total.count.dtype), m.mean.astype(wide), m.m2.astype(total.m2.dtype))
+    return _add(lax.stop_gradient(total), m)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -297,3 +297,41 @@ def test_options_of_jbn_layers_and_of_nothing():
         convert.options(3)
     with pytest.raises(ValueError, match="one axis"):
         convert.to_keras(*jbn.init((3, 4)))
+
+
+def test_arguments_that_fit_nothing_are_named():
+    equinox, keras = need("equinox"), need("keras")
+    params, state = jbn.init(4)
+    layer, of_layer = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
+        4, axis_name="batch", mode="ema"
+    )
+    without = jbn.init(4, use_scale=False, use_bias=False)[0]
+    vectors = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    for message, call in {
+        "state_dict is a NoneType": lambda: convert.from_torch(None),
+        "variables is a NoneType": lambda: convert.from_linen(None),
+        "values is a NoneType": lambda: convert.from_nnx(None),
+        r"has shapes .*\(2,\)": lambda: convert.from_nnx({"scale": jnp.ones(2), **vectors}),
+        "count is -1": lambda: convert.from_nnx(vectors, count=-1),
+        "count is 'a'": lambda: convert.from_nnx(vectors, count="a"),
+        "params is a NoneType": lambda: convert.from_haiku(None, {}),
+        "axis 5 is out of range": lambda: convert.to_haiku(
+            params, state, ndim=3, axis=5, momentum=0.9
+        ),
+        r"momentum is 1\.5": lambda: convert.to_haiku(params, state, ndim=3, momentum=1.5),
+        "not built yet": lambda: convert.from_keras(keras.layers.BatchNormalization()),
+        "state is a NoneType": lambda: convert.from_equinox(layer, None),
+        r"scale has shape None, expected \(4,\)": lambda: convert.to_equinox(
+            without, state, layer, of_layer
+        ),
+        r"scale has shape \(3,\), expected \(4,\)": lambda: convert.to_equinox(
+            *jbn.init(3), layer, of_layer
+        ),
+        "is no array of numbers": lambda: convert.from_nnx({"mean": "a", "var": "b"}),
+        r"momentum is '0\.9'": lambda: convert.debiased_momentum("0.9", 1),
+        "state_dict is empty": lambda: convert.from_torch_model({}),
+        "state_dict is a list": lambda: convert.from_torch_model([]),
+        "variables is a list": lambda: convert.from_sbx([]),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()

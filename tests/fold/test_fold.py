@@ -439,3 +439,48 @@ def test_a_certificate_sees_imaginary_parts():
     assert certificate.max_error == 3
     assert certificate.max_output == np.abs(1 + 4j)
     assert fold.certify(lambda x: x, lambda x: x + 2j, [np.ones(2)]).max_error == 2
+
+
+def test_arguments_of_the_wrong_kind_are_named():
+    """Each message is jbn's own, and holds the value."""
+    params, state = jbn.init(4)
+    kernel = jnp.ones((3, 3, 4, 4))
+    pair = fold.Pair(("layers", 0), ("layers", 1))
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)),
+    )
+    variables = nnx.to_pure_dict(nnx.state(model))
+    following = functools.partial(fold.fold_next, params, state, kernel, None, padding="VALID")
+    previous = functools.partial(fold.fold_previous, kernel, None, params)
+    for message, call in {
+        "groups is '2'": lambda: following(groups="2"),
+        r"groups is 1\.0": lambda: following(groups=1.0),
+        "strides is 0": lambda: following(strides=(1, 0)),
+        "input_dilation is None": lambda: following(input_dilation=None),
+        "transposed is 'no'": lambda: following(transposed="no"),
+        "eps is '1'": lambda: following(eps="1"),
+        "eps is True": lambda: previous(state, eps=True),
+        r"axis is 1\.5": lambda: previous(state, out_axis=1.5),
+        r"var is 0\.0 .* as eps is 0": lambda: previous(state._replace(var=state.var * 0), eps=0),
+        "var is inf": lambda: previous(state._replace(var=state.var * jnp.inf)),
+        "mean is nan": lambda: previous(state._replace(mean=state.mean * jnp.nan)),
+        "model is a NoneType": lambda: fold.fold_nnx(None, [pair]),
+        "pairs holds a NoneType": lambda: fold.fold_nnx(model, None),
+        "pairs holds a Pair": lambda: fold.fold_nnx(model, pair),
+        "a pair names 'layers/0'": lambda: fold.fold_nnx(model, [fold.Pair("layers/0", "b")]),
+        "layers/0 holds .* expected mean and var": lambda: fold.fold_nnx(
+            model, [fold.Pair(pair.norm, pair.layer)]
+        ),
+        "variables is a NoneType": lambda: fold.fold_variables(None, [pair]),
+        "apply is None": lambda: fold.find_pairs(None, variables, draw(2, 3)),
+        "eps is 'a'": lambda: fold.find_pairs(lambda v, x: x, variables, draw(2, 3), eps="a"),
+        "without arrays": lambda: fold.find_pairs(lambda v, x: x, None, draw(2, 3)),
+        "dimension_numbers is 'NHWC'": lambda: fold.kernel_axes("NHWC", 4),
+        "ndim is 1": lambda: fold.kernel_axes(None, 1),
+        "reference is None": lambda: fold.certify(None, jnp.sin, [draw(2, 3)]),
+        "inputs is a int": lambda: fold.certify(jnp.sin, jnp.sin, 3),
+        "expected one array": lambda: fold.certify(lambda x: {"a": x}, jnp.sin, [draw(2, 3)]),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
