@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jbn.core import validate
 from jbn.types import Params
@@ -47,6 +48,8 @@ def norm_mask(params: Any, select: Callable[[tuple[str, ...]], bool] = lambda pa
         )
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(keys) for keys, _ in flat]
+    if isinstance(params, nnx.statelib.FlatState):  # whose keys do not show in JAX's paths
+        paths = [tuple(map(str, path)) for path, _ in params]
     layers: dict[tuple[str, ...], set[str]] = {}
     for path in paths:
         for depth in range(len(path)):
