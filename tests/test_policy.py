@@ -205,3 +205,9 @@ def test_no_tree_no_function_and_no_mask_are_errors():
         norm_mask({"scale": 0.0}, 3)
     with pytest.raises(TypeError, match="mask is Array"):
         not_({"scale": jnp.ones(2)})
+
+
+def test_a_bias_beside_a_layer_that_is_called_scale_is_no_norm():
+    dense = {"bias": 0.0, "kernel": 0.0}
+    params = {"bias": 0.0, "scale": dense, "head": {"scale": 0.0, "bias": dense}}
+    assert not any(jax.tree.leaves(norm_mask(params)))

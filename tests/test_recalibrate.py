@@ -244,14 +244,17 @@ def test_passes_end_once_nothing_changes_and_not_before():
     assert len(started) == 1 + 2  # the first asks whether the loader gives its data again
 
     def late(states, x):
-        """Only the variance of the last norm changes in the second pass."""
-        spread = 1 + states["a"].mean[0]
-        return {"a": jbn.moments(x), "b": jbn.moments((x - pooled_mean) * spread)}
+        """In the second pass only the variance of "b" changes, in the third only that of "c"."""
+        spread = {"b": 1 + states["a"].mean[0], "c": 1 + states["b"].var[0] / 100}
+        scaled = {key: jbn.moments((x - pooled_mean) * by) for key, by in spread.items()}
+        return {"a": jbn.moments(x), **scaled}
 
     pooled_mean = jnp.asarray(pooled(xs)[0], jnp.float32)[None, None]
-    new = recalibrate(late, dict.fromkeys("ab", jbn.init(4)[1]), xs)
+    new = recalibrate(late, dict.fromkeys("abc", jbn.init(4)[1]), xs)
     mean, var = pooled(xs)
-    np.testing.assert_allclose(new["b"].var, var * (1 + mean[0]) ** 2, rtol=1e-4)
+    of_b = var * (1 + mean[0]) ** 2
+    np.testing.assert_allclose(new["b"].var, of_b, rtol=1e-4)
+    np.testing.assert_allclose(new["c"].var, var * (1 + of_b[0] / 100) ** 2, rtol=1e-4)
 
 
 def test_wrong_passes_and_wrong_moments_are_errors():

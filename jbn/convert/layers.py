@@ -404,6 +404,11 @@ def to_keras(params: Params, state: State) -> list[np.ndarray]:
 def to_array(value: Any) -> Array:
     """A jax.Array of the same dtype, from whatever holds it."""
     if hasattr(value, "detach"):
+        if getattr(value, "is_meta", False) or type(value).__name__.startswith("Uninitialized"):
+            raise ValueError(
+                f"got a torch {type(value).__name__} without values, of a lazy module or on the "
+                "meta device: run the module once, or load its weights"
+            )
         value = value.detach().cpu()
         bfloat16 = str(value.dtype) == "torch.bfloat16"  # which .numpy() refuses
         value = value.float().numpy() if bfloat16 else value.numpy()

@@ -190,3 +190,10 @@ def test_variables_of_something_else_are_errors():
         convert.from_nnx({"kernel": jnp.ones(2)})
     with pytest.raises(ValueError, match="no bn/~/mean_ema in the state"):
         convert.from_haiku({}, {}, "bn")
+
+
+def test_torch_tensors_without_values_are_named():
+    layers = torch_or_skip().nn
+    for layer in (layers.LazyBatchNorm1d(), layers.BatchNorm1d(4, device="meta")):
+        with pytest.raises(ValueError, match="without values"):
+            convert.from_torch(layer)

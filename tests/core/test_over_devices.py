@@ -240,12 +240,22 @@ def test_uneven_shards(weights, implementation):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_padding_of_uneven_shards_is_never_read(activation, implementation):
     """What XLA leaves in the padding is not zero after an operation that x went through."""
+    check_padding(activation, lambda v: jnp.exp(v) * 50, implementation)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_padding_of_uneven_shards_that_is_not_finite(activation):
+    """Nor is it finite after this one: 1 / 0."""
+    check_padding(activation, jnp.reciprocal, "xla")
+
+
+def check_padding(activation, through, implementation):
     mesh = make_mesh((8,), ("data",))
     case = Case(shape=(1020, 16), activation=activation)
 
     def step(x, dy, residual, params, state):
         place = lambda v: lax.with_sharding_constraint(v, NamedSharding(mesh, P("data")))
-        x, dy, residual = (jnp.exp(place(v)) * 50 for v in (x, dy, residual))
+        x, dy, residual = (through(place(v)) for v in (x, dy, residual))
 
         def loss(x, residual, params):
             return (
@@ -255,10 +265,13 @@ def test_padding_of_uneven_shards_is_never_read(activation, implementation):
 
         return jax.grad(loss, (0, 1, 2))(x, residual, params)
 
-    arguments = (case.x, case.dy, case.dy[::-1], case.params, case.state)
+    arrays = (case.x, case.dy, case.dy[::-1])
+    if through is jnp.reciprocal:
+        arrays = tuple(1 + jnp.square(v) for v in arrays)
+    arguments = (*arrays, case.params, case.state)
     found = jax.jit(step)(*arguments)
     with jax.default_device(jax.devices()[0]):
-        x, dy, residual = (jnp.exp(v) * 50 for v in arguments[:3])
+        x, dy, residual = map(through, arrays)
         loss = lambda x, residual, params: (
             case.train(x, params, case.state, residual=residual)[0] * dy
         ).sum()
