@@ -118,8 +118,9 @@ def _fused(program, norms, done):
     for index, equation in enumerate(program.eqns):
         if equations.get(index) is not equation:
             continue  # a norm has taken it over
-        if equation.primitive is marking.norm:
-            _fuse_one(index, equations, users, norms)
+        norm = marking.norm_of(equation)
+        if norm is not None:
+            _fuse_one(index, norm, equations, users, norms)
         elif equation.primitive.name in _CALLS:
             inner = {k: _inner(v, norms, done) for k, v in equation.params.items()}
             equations[index] = equation.replace(params=inner)
@@ -173,7 +174,7 @@ def _users(program):
     return users
 
 
-def _fuse_one(index, equations, users, norms):
+def _fuse_one(index, norm, equations, users, norms):
     """Put the norm with what follows it in the place of the activation, or say why not."""
     equation = equations[index]
     y, *statistics = equation.outvars
@@ -182,32 +183,32 @@ def _fuse_one(index, equations, users, norms):
     if found is None and len(following) == 1 and following[0] in equations:
         added = equations[following[0]]
         others = [v for v in added.invars if v is not y]
-        takes = jax.tree.unflatten(equation.params["tree"], equation.invars)[-1] is None
+        takes = jax.tree.unflatten(norm.tree, equation.invars)[-1] is None
         if added.primitive.name == "add" and takes and others[0].aval.shape == y.aval.shape:
             found = _activation(added.outvars[0], equations, users)
             (residual,) = others
             replaced += following
     name = str(equation.source_info.name_stack)
-    reason = _reason(equation, found, following, residual, equations)
+    reason = _reason(norm, equation, found, following, residual, equations)
     if found is None or reason:
         norms.append(Norm(name, None, False, reason))
         return
     activation, region = found
-    params = marking.with_activation(equation.params, activation, residual is not None)
+    norm = marking.with_activation(norm, activation, residual is not None)
     last = equations[region[-1]]
     for k in (*replaced, *region[:-1]):
         del equations[k]
     equations[region[-1]] = equation.replace(
         invars=[*equation.invars, *([] if residual is None else [residual])],
         outvars=[last.outvars[0], *statistics],
-        params=params,
+        params=equation.params | {"call": norm},
     )
     norms.append(Norm(name, activation.__name__, residual is not None, ""))
 
 
-def _reason(equation, found, following, residual, equations):
+def _reason(norm, equation, found, following, residual, equations):
     """Why the norm cannot be computed with what follows it; "" if it can."""
-    if equation.params["config"].activation is not None:
+    if norm.config.activation is not None:
         return "it has an activation of its own"
     if found is None:
         readers = [_reader(k, equations) for k in following]

@@ -1,7 +1,6 @@
 """A whole norm as one equation of a traced program, for whoever reads or rewrites the program.
 
-Only programs that are traced inside `marked` have such equations. An equation means what the call
-that it stands for means: jvp, vmap and lowering go to that call.
+Only programs that are traced inside `marked` have such equations.
 """
 
 import contextlib
@@ -10,8 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 
 from jbn.core import op
@@ -23,7 +21,7 @@ _MARKED = jax.make_user_context(False)
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """A context in which each norm is traced as one equation of the primitive `norm`.
+    """A context in which each norm is traced as one equation, see `norm_of`.
 
     Inside shard_map and pmap, and with an axis_name, norms are traced as ever.
     """
@@ -41,64 +39,26 @@ def call(function: Callable, x: Array, *arguments: Any, config: Config) -> Any:
     if not _MARKED.value or is_manual or config.axis_name is not None:
         return function(*arguments, config=config)
     leaves, tree = jax.tree.flatten(arguments)
-    params = {"function": function, "tree": tree, "config": config}
-    program, out = jax.make_jaxpr(_run(**params), return_shape=True)(*leaves)
-    results = norm.bind(
-        *leaves, **params, types=tuple(program.out_avals), devices=op.needs_devices()
-    )
+    norm = op.Inlined(function, tree, config, ())
+    program, out = jax.make_jaxpr(norm, return_shape=True)(*leaves)
+    norm = norm._replace(types=tuple(program.out_avals))
+    results = op.primitive.bind(*leaves, call=norm, devices=op.needs_devices())
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def with_activation(
-    params: dict[str, Any], activation: Callable, has_residual: bool
-) -> dict[str, Any]:
-    """The parameters of an equation of `norm` that applies the activation too.
+def norm_of(equation: JaxprEqn) -> op.Inlined | None:
+    """The norm that an equation of a program stands for, or None."""
+    norm = equation.params.get("call") if equation.primitive is op.primitive else None
+    return norm if isinstance(norm, op.Inlined) else None
 
-    With `has_residual` the equation reads a residual after its other operands.
+
+def with_activation(norm: op.Inlined, activation: Callable, has_residual: bool) -> op.Inlined:
+    """The norm that applies the activation too.
+
+    With `has_residual` its equation reads a residual after its other operands.
     """
-    tree, config = params["tree"], params["config"]
+    tree = norm.tree
     if has_residual:
-        count = tree.num_leaves
-        arguments = jax.tree.unflatten(tree, range(count))
-        tree = jax.tree.structure((*arguments[:-1], count))
-    return params | {"tree": tree, "config": config._replace(activation=activation)}
-
-
-def _run(function, tree, config):
-    """The call as a function of its leaves, whose results are a tree."""
-    return lambda *leaves: function(*jax.tree.unflatten(tree, leaves), config=config)
-
-
-def _flat(*, function, tree, config, types, devices):
-    """The call as a function of its leaves, whose results are a list."""
-    del types, devices
-    run = _run(function, tree, config)
-    return lambda *leaves: jax.tree.leaves(run(*leaves))
-
-
-def _jvp(primals, tangents, **params):
-    moving = [k for k, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def along(*values):
-        leaves = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
-        return _flat(**params)(*leaves.values())
-
-    return jax.jvp(along, [primals[k] for k in moving], [tangents[k] for k in moving])
-
-
-def _batch(leaves, dims, **params):
-    out = jax.vmap(_flat(**params), dims)(*leaves)
-    return out, [0] * len(out)
-
-
-def _lower(context, *leaves, **params):
-    return mlir.lower_fun(_flat(**params), multiple_results=True)(context, *leaves)
-
-
-norm = Primitive("jbn_norm")
-norm.multiple_results = True
-norm.def_impl(lambda *leaves, **params: _flat(**params)(*leaves))
-norm.def_abstract_eval(lambda *avals, types, **params: list(types))
-ad.primitive_jvps[norm] = _jvp
-batching.primitive_batchers[norm] = _batch
-mlir.register_lowering(norm, _lower)
+        arguments = jax.tree.unflatten(tree, range(tree.num_leaves))
+        tree = jax.tree.structure((*arguments[:-1], tree.num_leaves))
+    return norm._replace(tree=tree, config=norm.config._replace(activation=activation))

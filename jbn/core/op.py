@@ -92,7 +92,7 @@ def _run(config, arguments, residual_dtype=None):
     # XLA splits what is elementwise by itself; a sum or a kernel takes `_over_devices`.
     whole = call.implementation == "xla" and not arguments.reduces
     local = whole or any(kind != AxisType.Auto for kind in mesh.axis_types)
-    return _op.bind(*leaves, call=call, devices=None if local else needs_devices())
+    return primitive.bind(*leaves, call=call, devices=None if local else needs_devices())
 
 
 class _Call(NamedTuple):
@@ -105,6 +105,8 @@ class _Call(NamedTuple):
     options: Options
     implementation: str
     mapped: int = 0
+
+    is_inlined = False
 
     @property
     def arguments(self):
@@ -145,7 +147,7 @@ class _Call(NamedTuple):
             jnp.broadcast_to(leaf, (size, *leaf.shape)) if d is None else jnp.moveaxis(leaf, d, 0)
             for leaf, d in zip(leaves, dims, strict=True)
         ]
-        return _op.bind(*moved, call=self._replace(mapped=self.mapped + 1), devices=devices)
+        return primitive.bind(*moved, call=self._replace(mapped=self.mapped + 1), devices=devices)
 
     def results(self, x) -> list:
         """The types of the results, from that of x."""
@@ -171,6 +173,8 @@ class _OneKernel(NamedTuple):
     twin: Callable  # the same in two steps, each of them one of the four functions
     types: tuple  # of the results
 
+    is_inlined = False
+
     def batched(self, leaves, dims, devices) -> list:
         del devices
         return jax.vmap(self.twin, dims)(*leaves)
@@ -178,6 +182,29 @@ class _OneKernel(NamedTuple):
     def results(self, x) -> tuple:
         del x
         return self.types
+
+
+class Inlined(NamedTuple):
+    """A function that stands in a traced program as one equation, for whoever rewrites it.
+
+    Derivatives, vmap and lowering put the program of the function in its place.
+    """
+
+    function: Callable  # module-level; of the arguments and config
+    tree: Any  # of the arguments
+    config: Config
+    types: tuple  # of the results
+
+    is_inlined = True
+    batched, results = _OneKernel.batched, _OneKernel.results
+
+    @property
+    def twin(self) -> Callable:
+        """The function of leaves."""
+        return lambda *leaves: jax.tree.leaves(self(*leaves))
+
+    def __call__(self, *leaves):
+        return self.function(*jax.tree.unflatten(self.tree, leaves), config=self.config)
 
 
 def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
@@ -211,7 +238,7 @@ def in_one(implementation: str | None, kernel: Callable, two_steps: Callable, *a
     call = _OneKernel(
         implementation or "xla", flat(kernel), flat(two_steps), tuple(jaxpr.out_avals)
     )
-    out = _op.bind(*leaves, call=call, devices=needs_devices())
+    out = primitive.bind(*leaves, call=call, devices=needs_devices())
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
@@ -231,8 +258,8 @@ def _jvp(primals, tangents, *, call, devices):
         leaves = dict(enumerate(primals)) | dict(zip(moving, values, strict=True))
         return call.twin(*leaves.values())
 
-    out = _op.bind(*primals, call=call, devices=devices)
-    return out, jax.jvp(along, [primals[k] for k in moving], [tangents[k] for k in moving])[1]
+    out, t_out = jax.jvp(along, [primals[k] for k in moving], [tangents[k] for k in moving])
+    return out if call.is_inlined else primitive.bind(*primals, call=call, devices=devices), t_out
 
 
 def _batch(leaves, dims, *, call, devices):
@@ -259,8 +286,12 @@ def _lower(context, *leaves, call, devices):
     return values
 
 
-def _program(call: _Call | _OneKernel, module: Any, avals: Any, is_spread: bool) -> Callable:
+def _program(
+    call: _Call | _OneKernel | Inlined, module: Any, avals: Any, is_spread: bool
+) -> Callable:
     """The function of leaves that the program runs, from all that decides it."""
+    if isinstance(call, Inlined):
+        return call.twin
     if isinstance(call, _OneKernel):
         if not _is_alone(module):
             return call.twin
@@ -422,7 +453,7 @@ def _name_by_content(context, call, values):
     """
     table = getattr(sys.modules.get("jax._src.custom_partitioning"), "_sharding_callbacks", None)
     attributes: Any = getattr(getattr(values[0], "owner", None), "attributes", {})
-    if table is None or "call_target_name" not in attributes:
+    if table is None or not isinstance(call, _Call) or "call_target_name" not in attributes:
         return
     if attributes["call_target_name"].value != "CustomSPMDPartitioning":
         return
@@ -491,11 +522,11 @@ def _without_padding(call, local, spec, shape, reduced, leaves):
     return call._replace(tree=tree).on(xla)(*leaves)
 
 
-_op = Primitive("jbn")
-_op.multiple_results = True
-_op.def_impl(lambda *leaves, call, devices: _jitted(*leaves, call=call, devices=devices))
-_op.def_abstract_eval(_abstract_eval)
-_jitted = jax.jit(_op.bind, static_argnames=("call", "devices"))
-ad.primitive_jvps[_op] = _jvp
-batching.primitive_batchers[_op] = _batch
-mlir.register_lowering(_op, _lower)
+primitive = Primitive("jbn")
+primitive.multiple_results = True
+primitive.def_impl(lambda *leaves, call, devices: _jitted(*leaves, call=call, devices=devices))
+primitive.def_abstract_eval(_abstract_eval)
+_jitted = jax.jit(primitive.bind, static_argnames=("call", "devices"))
+ad.primitive_jvps[primitive] = _jvp
+batching.primitive_batchers[primitive] = _batch
+mlir.register_lowering(primitive, _lower)

@@ -144,7 +144,8 @@ class _Row:
         key = next((key for key in keys if key in self.series), None)
         if key is None:
             return ""
-        return f"<small>{_text(key)}</small>{_svg(*self.series[key], self.events)}"
+        steps, values = self.series[key]
+        return f"<small>{_text(key)}</small>{_svg(steps, values, self.events)}"
 
     def _warnings(self):
         return "".join(
