@@ -44,10 +44,12 @@ def options(layer: Any) -> dict[str, Any]:
     Returns:
         axis, momentum, eps, unbiased; and activation, virtual_batch_size and skip_nonfinite of a
         layer that has them. Drop momentum, unbiased and the last two for `jbn.batch_norm_eval`.
+        With r_max and d_max of a BatchRenorm they are the arguments of `jbn.batch_renorm_train`.
 
     Raises:
         TypeError: no batch norm of these libraries, or an activation that is not known.
-        ValueError: a torch batch norm without running statistics, or with dropout.
+        ValueError: a torch batch norm without running statistics, or with dropout; a BatchRenorm
+            whose limits change with its steps.
     """
     library = kinds.library(layer)
     if library == "torch":
@@ -63,7 +65,17 @@ def options(layer: Any) -> dict[str, Any]:
     if library == "flax":
         extra = ("activation", "virtual_batch_size", "skip_nonfinite")
         found |= {name: getattr(layer, name) for name in extra if getattr(layer, name, None)}
-    return found
+    return found | _limits(layer) if hasattr(layer, "r_max") else found
+
+
+def _limits(layer):
+    if layer.warmup_steps is not None or callable(layer.r_max) or callable(layer.d_max):
+        raise ValueError(
+            f"the limits of the BatchRenorm change with its steps (r_max {layer.r_max}, d_max "
+            f"{layer.d_max}, warmup_steps {layer.warmup_steps}), expected two numbers: pass those "
+            "of the step to jbn.batch_renorm_train"
+        )
+    return {"r_max": layer.r_max, "d_max": layer.d_max}
 
 
 def _torch_options(layer):

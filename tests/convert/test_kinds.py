@@ -87,6 +87,19 @@ def test_subclasses_of_flax_are_batch_norms_and_keep_what_jbn_adds():
     }
 
 
+def test_batch_renorm_goes_on_as_batch_renorm():
+    layer = jbn.linen.BatchRenorm(r_max=2.0, d_max=4.0, momentum=0.9)
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 1
+    variables = layer.init(jax.random.key(1), x, use_running_average=True)
+    y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    params, state = convert.from_linen(variables)
+    found, new = jbn.batch_renorm_train(x, params, state, **convert.options(layer))
+    np.testing.assert_allclose(found, y, rtol=1e-6)
+    np.testing.assert_allclose(new.mean, updated["batch_stats"]["mean"], rtol=1e-6)
+    with pytest.raises(ValueError, match="warmup_steps 7"):
+        convert.options(jbn.linen.BatchRenorm(warmup_steps=7))
+
+
 def test_a_batch_norm_without_running_statistics_is_named_as_such():
     torch = torch_or_skip()
     layer = torch.nn.BatchNorm1d(3, track_running_stats=False)
