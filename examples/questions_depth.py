@@ -44,7 +44,7 @@ def exploding(steps):
     makes the loss NaN. With batch norm all gradients stay finite at all three. At the start they
     grow by {growth:.2f} per layer (theory: 1.21, Yang et al. 2019), {total:.0f}-fold over 48
     layers. After 30 steps at rate 0.3 the first layer's gradient has fallen from {first:.0f} to
-    {last:.1f}.
+    less than 1.
     """
     first, readout = random(1, 64, 32) / 4, random(2, 32, 10) / 6
     hidden = random(3, 49, 32, 32) * 2 / 32**0.5
@@ -79,8 +79,10 @@ def exploding(steps):
     start = norms[normalized, 0]
     growth, theory = (start[0] / start[-1]) ** (1 / 48), np.sqrt(np.pi / (np.pi - 1))
     claim("with, at the start: sqrt(pi / (pi - 1)) per layer", abs(growth / theory - 1) < 0.05)
+    # How small it is depends on the rounding of 30 steps: 0.1 with jax 0.10, 0.3 with jax 0.12.
+    claim("with, after 30 steps at rate 0.3: less than 1", norms[normalized, 0.3][0] < 1)
     numbers = {"plain": norms[plain, 0].max(), "growth": growth, "total": start[0] / start[-1]}
-    return Answer(figure, numbers | {"first": start[0], "last": norms[normalized, 0.3][0]})
+    return Answer(figure, numbers | {"first": start[0]})
 
 
 def exploding_in_short():
