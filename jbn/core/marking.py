@@ -35,8 +35,8 @@ def call(function: Callable, x: Array, *arguments: Any, config: Config) -> Any:
     The last argument is the residual or None, and y is the first of the results.
     """
     arguments = (x, *arguments)
-    is_manual = AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types
-    if not _MARKED.value or is_manual or config.axis_name is not None:
+    in_shards = lambda: AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types
+    if not _MARKED.value or config.axis_name is not None or in_shards():
         return function(*arguments, config=config)
     leaves, tree = jax.tree.flatten(arguments)
     norm = op.Inlined(function, tree, config, ())

@@ -106,8 +106,6 @@ class _Call(NamedTuple):
     implementation: str
     mapped: int = 0
 
-    is_inlined = False
-
     @property
     def arguments(self):
         """The arguments, numbered."""
@@ -173,8 +171,6 @@ class _OneKernel(NamedTuple):
     twin: Callable  # the same in two steps, each of them one of the four functions
     types: tuple  # of the results
 
-    is_inlined = False
-
     def batched(self, leaves, dims, devices) -> list:
         del devices
         return jax.vmap(self.twin, dims)(*leaves)
@@ -195,7 +191,6 @@ class Inlined(NamedTuple):
     config: Config
     types: tuple  # of the results
 
-    is_inlined = True
     batched, results = _OneKernel.batched, _OneKernel.results
 
     @property
@@ -216,15 +211,15 @@ def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
         config: of the layer.
         x: array.
     """
-    backend, _, interpret = (config.implementation or "xla").partition("/")
+    kernels, interpret = _kernels(config.implementation or "xla")
     mesh = jax.typeof(x).sharding.mesh
-    if backend == "xla" or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if kernels is None or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
-    kernels, device = importlib.import_module(f"jbn.kernels.{backend}"), _device()
+    device = _device()
     kernel = getattr(kernels, name, None)
     if kernel is None or device is None or kernels.unsupported(x.shape, x.dtype, config.axis):
         return None
-    return functools.partial(kernel, device=device, interpret=bool(interpret))
+    return functools.partial(kernel, device=device, interpret=interpret)
 
 
 def in_one(implementation: str | None, kernel: Callable, two_steps: Callable, *args: Any) -> Any:
@@ -259,7 +254,9 @@ def _jvp(primals, tangents, *, call, devices):
         return call.twin(*leaves.values())
 
     out, t_out = jax.jvp(along, [primals[k] for k in moving], [tangents[k] for k in moving])
-    return out if call.is_inlined else primitive.bind(*primals, call=call, devices=devices), t_out
+    if not isinstance(call, Inlined):
+        out = primitive.bind(*primals, call=call, devices=devices)
+    return out, t_out
 
 
 def _batch(leaves, dims, *, call, devices):
@@ -322,8 +319,8 @@ def _is_alone(module):
 def _local(call, module, x):
     """The implementation: by platform for XLA's fusions, else the kernel that was asked for."""
     platforms = module.platforms
-    backend, _, interpret = call.implementation.partition("/")
-    if backend == "xla":
+    kernels, interpret = _kernels(call.implementation)
+    if kernels is None:
         if not all(isinstance(n, int) for n in x.shape):  # exported with a symbolic batch
             return call.on(xla)
         if len(platforms) == 1:
@@ -332,16 +329,21 @@ def _local(call, module, x):
         return lambda *leaves: lax.platform_dependent(*leaves, default=call.on(xla), **placed)
     _refuse_unsupported(call, x)
     _refuse_elsewhere(call.implementation, platforms)
-    kernels = importlib.import_module(f"jbn.kernels.{backend}")
-    return call.on(kernels, interpret=bool(interpret))
+    return call.on(kernels, interpret=interpret)
+
+
+def _kernels(implementation: str) -> tuple[Any, bool]:
+    """(the module of a Pallas backend, or None for XLA; whether to interpret it)."""
+    backend, _, interpret = implementation.partition("/")
+    module = None if backend == "xla" else importlib.import_module(f"jbn.kernels.{backend}")
+    return module, bool(interpret)
 
 
 def _unsupported(call, x):
     """Why the kernel that was asked for cannot take x or a shard of it, or None."""
-    backend, _, _ = call.implementation.partition("/")
-    if backend == "xla":
+    kernels, _ = _kernels(call.implementation)
+    if kernels is None:
         return None
-    kernels = importlib.import_module(f"jbn.kernels.{backend}")
     return kernels.unsupported(x.shape[call.mapped :], x.dtype, call.options.axis)
 
 
@@ -354,10 +356,10 @@ def _refuse_unsupported(call, x):
 
 def _refuse_elsewhere(implementation, platforms):
     """Say why the kernel cannot be lowered for this platform or device, if it cannot."""
-    backend, _, interpret = implementation.partition("/")
+    kernels, interpret = _kernels(implementation)
     if interpret:
         return
-    runs_on = PLATFORMS[backend]
+    runs_on = PLATFORMS[implementation]
     if not set(platforms) <= set(runs_on):
         raise NotImplementedError(
             f"implementation {implementation!r} runs on {' and '.join(runs_on)}, not on "
@@ -366,7 +368,6 @@ def _refuse_elsewhere(implementation, platforms):
             "to check numbers anywhere"
         )
     device = _device()
-    kernels = importlib.import_module(f"jbn.kernels.{backend}")
     reason = None if device is None else kernels.unsupported_device(device.kind)
     if reason is not None:
         raise NotImplementedError(f"implementation {implementation!r} {reason}")
