@@ -136,9 +136,8 @@ def timed(step):
 def table(rows):
     """Markdown: a row per model and quantity, then the times."""
     quantities = list(next(iter(rows.values()))["flax"])
-    lines = ["| model | " + " | ".join(quantities)]
-    lines[0] += " | lines changed | step time | compile time |"
-    lines.append("|---" * (len(quantities) + 4) + "|")
+    columns = ["model", *quantities, "lines changed", "step time", "compile time"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
         cells = [f"{row['flax'][q]:.0e} / {row['jbn'][q]:.0e}" for q in quantities]
         cells.append("1")

@@ -24,7 +24,7 @@ from flax import nnx
 from jax import Array
 
 from jbn import functional
-from jbn.core import validate
+from jbn.core import flax_common, validate
 from jbn.health import inputs
 from jbn.types import Moments, State
 
@@ -92,7 +92,7 @@ def recalibrate(
     validate.function(collect, "collect", "of (states, batch) to a dict of jbn.moments")
     validate.mapping(states, "states", "a dict from the name of each norm to its jbn.State")
     for key, state in states.items():
-        validate.state(state, f"states[{key!r}]")
+        validate.state(state, f"states[{key!r}]", prefix=f"states[{key!r}].")
     return _run(
         jax.jit(collect), states, batches, unbiased=unbiased, passes=passes, progress=progress
     )
@@ -105,7 +105,9 @@ def _run(
 
     chain: how many norms there are, where one state may hold those of several layers.
     """
-    passes = _checked_passes(passes, len(states) if chain is None else chain)
+    if passes is None:
+        passes = max(1, len(states) if chain is None else chain)
+    passes = validate.positive(passes, "passes", ", or None for as many as needed")
     unbiased = validate.flag(unbiased, "unbiased")
     progress = validate.flag(progress, "progress")
     batches = _iterable(batches)
@@ -153,18 +155,6 @@ def _check_leaves(batch):
                 f"a batch holds a {type(leaf).__name__} ({leaf!r:.60}), expected arrays and "
                 "numbers: each batch goes through jit"
             )
-
-
-def _checked_passes(passes, chain):
-    if passes is None:
-        return max(1, chain)
-    try:
-        passes = validate.index(passes)
-    except TypeError:
-        raise TypeError(f"passes is {passes!r}, expected an int or None") from None
-    if passes < 1:
-        raise ValueError(f"passes is {passes}, expected at least 1, or None for as many as needed")
-    return passes
 
 
 def _checked_moments(found, states, total):
@@ -279,11 +269,7 @@ def recalibrate_nnx(
         ValueError: as `recalibrate`; no norm called, or a jax.jit inside `apply`.
         TypeError: as `recalibrate`; model is no nnx.Module.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__} ({model!r:.60}), expected a flax.nnx.Module: for "
-            "linen there is recalibrate_linen"
-        )
+    flax_common.expect_nnx(model, "recalibrate_linen")
     validate.function(apply, "apply", "of (model, batch), such as lambda m, x: m(x)")
     norms = inputs.nnx_norms(model)
     graph, variables = nnx.split(model)

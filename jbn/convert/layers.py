@@ -438,7 +438,7 @@ def to_array(value: Any) -> Array:
 
 
 def _one_axis(state, library):
-    validate.state(state, "state")
+    validate.state(state, "state", prefix="state.")
     if state.mean.ndim != 1:
         raise ValueError(
             f"features have shape {state.mean.shape}, expected one axis: {library} has no batch "

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
@@ -126,6 +127,15 @@ def batch_norm(
     if not updates:
         return y, state
     return y, State(new.mean.reshape(state.mean.shape), new.var.reshape(state.var.shape), new.count)
+
+
+def expect_nnx(model: Any, of_linen: str) -> None:
+    """Refuse what is no nnx model; `of_linen` names the function for linen models."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__} ({model!r:.60}), expected a flax.nnx.Module: for "
+            f"linen there is {of_linen}"
+        )
 
 
 def _synchronized(layer, config, x):

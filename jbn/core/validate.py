@@ -357,44 +357,34 @@ def moments(value: Moments, name: str = "moments") -> None:
             )
 
 
-def state(value: State, name: str) -> None:
-    """Statistics of one layer, of any floating dtype."""
+def state(value: State, name: str, *, prefix: str) -> None:
+    """Statistics of one layer, of any floating dtype; `prefix` goes before their names."""
     _named_tuple(value, State, name, "make it with jbn.init(features)")
-    mean, var = array(value.mean, f"{name}.mean"), array(value.var, f"{name}.var")
+    mean, var = array(value.mean, f"{prefix}mean"), array(value.var, f"{prefix}var")
     if mean.shape != var.shape:
         raise ValueError(
-            f"{name}.var has shape {var.shape}, expected {mean.shape}, that of {name}.mean: "
+            f"{prefix}var has shape {var.shape}, expected {mean.shape}, that of {prefix}mean: "
             "make the state with jbn.init(features)"
         )
-    _count(value.count, f"{name}.count")
+    count = value.count
+    _is_array(count, f"{prefix}count")
+    if not jnp.issubdtype(count.dtype, jnp.integer) or count.shape:
+        raise TypeError(
+            f"{prefix}count has dtype {count.dtype} and shape {count.shape}, expected an "
+            "int32 scalar: the number of batches seen, such as jnp.int32(0)"
+        )
 
 
 def updatable(value: State) -> None:
     """A state that can be updated with a batch."""
-    _named_tuple(value, State, "state", "make it with jbn.init(features)")
-    features = array(value.mean, "mean").shape
+    state(value, "state", prefix="")
     for name in ("mean", "var"):
-        leaf = array(getattr(value, name), name)
-        if leaf.shape != features:
-            raise ValueError(
-                f"{name} has shape {leaf.shape}, expected {features}, that of mean: "
-                "make the state with jbn.init(features)"
-            )
-        if accumulator(leaf.dtype) != leaf.dtype:
+        dtype = getattr(value, name).dtype
+        if accumulator(dtype) != dtype:
             raise TypeError(
-                f"{name} has dtype {leaf.dtype}, in which a running average stalls, expected "
+                f"{name} has dtype {dtype}, in which a running average stalls, expected "
                 f"float32: state._replace({name}=state.{name}.astype(jnp.float32))"
             )
-    _count(value.count, "count")
-
-
-def _count(value, name):
-    _is_array(value, name)
-    if not jnp.issubdtype(value.dtype, jnp.integer) or value.shape:
-        raise TypeError(
-            f"{name} has dtype {value.dtype} and shape {value.shape}, expected an "
-            "int32 scalar: the number of batches seen, such as jnp.int32(0)"
-        )
 
 
 def same_features(a: State | Moments, b: Moments) -> None:
@@ -426,6 +416,19 @@ def index(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{value} is a bool")
     return operator.index(value)
+
+
+def positive(value: Any, name: str, otherwise: str = "") -> int:
+    """An int of at least 1; `otherwise` ends the messages."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r:.60}, expected an int of at least 1{otherwise}"
+        ) from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}, expected at least 1{otherwise}")
+    return number
 
 
 def scalar(value, name):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.core import Tracer
 
-from jbn.core import validate
+from jbn.core import flax_common, validate
 from jbn.fold.pairs import Pair
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
@@ -57,7 +57,7 @@ def fold_previous(
         TypeError: an array that is not floating, or no Params and State.
     """
     _check(kernel, bias, params, state, eps)
-    axes = _axes(out_axis, kernel)
+    axes = validate.axis(out_axis, kernel.ndim)
     features = tuple(kernel.shape[a] for a in axes)
     if features != state.mean.shape:
         raise ValueError(
@@ -123,16 +123,16 @@ def fold_next(
         TypeError: as `fold_previous`, or a padding of another kind.
     """
     _check(kernel, bias, params, state, eps)
-    (read_axis,), (made_axis,) = _axes(in_axis, kernel), _axes(out_axis, kernel)
+    (read_axis,), (made_axis,) = (validate.axis(a, kernel.ndim) for a in (in_axis, out_axis))
     if read_axis == made_axis:
         raise ValueError(f"{in_axis=} and {out_axis=} are the same axis of kernel {kernel.shape}")
     moved = jnp.moveaxis(kernel, (read_axis, made_axis), (-2, -1))  # [..., in / groups, out]
     *window, read, made = moved.shape
-    groups = _positive(groups, "groups")
+    groups = validate.positive(groups, "groups")
     transposed = validate.flag(transposed, "transposed")
     for name, value in (("strides", strides), ("input_dilation", input_dilation)):
         for number in value if isinstance(value, Sequence) else (value,):
-            _positive(number, name)
+            validate.positive(number, name)
     _refuse_zeros(padding, window, strides, input_dilation, transposed)
     if state.mean.shape != (read * groups,) or made % groups:
         raise ValueError(
@@ -158,16 +158,6 @@ def fold_next(
         return _cast(scaled, kernel), _cast(added, kernel)
 
 
-def _positive(value, name):
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r:.60}, expected a positive int") from None
-    if number < 1:
-        raise ValueError(f"{name} is {number}, expected a positive int")
-    return number
-
-
 def kernel_axes(
     dimension_numbers: Any, ndim: int, *, transpose_kernel: bool = False
 ) -> tuple[int, int]:
@@ -182,7 +172,7 @@ def kernel_axes(
     Raises:
         TypeError, ValueError: no such dimension numbers, or a rank below 2.
     """
-    if _positive(ndim, "ndim") < 2:
+    if validate.positive(ndim, "ndim") < 2:
         raise ValueError(f"ndim is {ndim}, expected at least 2: a batch axis and features")
     if isinstance(dimension_numbers, str):
         raise TypeError(
@@ -218,9 +208,9 @@ def _check(kernel, bias, params, state, eps):
     if number is not None and not 0 <= number < np.inf:
         raise ValueError(f"eps is {eps}, expected a finite number >= 0: the batch norm's epsilon")
     _check_values("mean", state.mean, np.isfinite, "finite numbers")
-    positive = lambda var: np.isfinite(var) & (var.real >= 0) & (var.real + (number or 0) > 0)
+    allowed = lambda var: np.isfinite(var) & (var.real >= 0) & ((number != 0) | (var.real > 0))
     expected = "finite numbers, not negative" + (", and not 0, as eps is 0" if number == 0 else "")
-    _check_values("var", state.var, lambda v: positive(v) | (number is None) & (v == 0), expected)
+    _check_values("var", state.var, allowed, expected)
 
 
 def _check_values(name, array, good, expected):
@@ -233,11 +223,6 @@ def _check_values(name, array, good, expected):
             f"{name} is {values[wrong[0]]} for feature {wrong[0]} ({wrong.size} such features), "
             f"expected {expected}: look at the model with jbn.health"
         )
-
-
-def _axes(value, kernel) -> tuple[int, ...]:
-    """Axes of the kernel, not negative and ascending."""
-    return validate.axis(value, kernel.ndim)
 
 
 def _refuse_zeros(padding, window, strides, input_dilation, transposed):
@@ -387,11 +372,7 @@ def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
         ValueError: as `fold_variables`.
         TypeError: as `fold_variables`, or model is no nnx.Module.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__} ({model!r:.60}), expected a flax.nnx.Module: for "
-            "linen there is fold_variables"
-        )
+    flax_common.expect_nnx(model, "fold_variables")
     pairs = _pairs(pairs)
     model = nnx.clone(model)
     modules: dict[Any, Any] = dict(nnx.iter_modules(model))
