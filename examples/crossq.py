@@ -23,6 +23,7 @@ import optax
 from tqdm import tqdm
 
 import jbn.linen
+from jbn.plot import COLORS
 
 EPISODE, BATCH, WIDTH, DISCOUNT, WARMUP = 200, 128, 128, 0.99, 1000
 NORMS = ("batch renorm", "batch norm", "none")
@@ -199,13 +200,21 @@ def train(norm, steps, seeds, progress):
 def draw(returns, path):
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(figsize=(7, 4))
+    colors = {"batch renorm": COLORS["jbn"], "batch norm": COLORS["other"]}
+    _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for norm, values in returns.items():
         steps = EPISODE * np.arange(1, values.shape[1] + 1)
-        (line,) = axes.plot(steps, values.mean(0), label=norm)
-        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="environment steps", ylabel="return of the episode", title="CrossQ, pendulum")
-    axes.legend()
+        color = colors.get(norm, COLORS["without"])
+        axes.plot(steps, values.mean(0), label=norm, color=color)
+        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=color)
+    last = {norm: values[:, -5:].mean() for norm, values in returns.items()}
+    axes.set(
+        xlabel="environment steps",
+        ylabel="return of the episode",
+        title="CrossQ on a pendulum, return of the last 5 episodes:\n"
+        + ", ".join(f"{norm} {value:.0f}" for norm, value in last.items()),
+    )
+    axes.legend(title=f"mean and range of {len(values)} seeds")
     plt.savefig(path, dpi=120)
 
 

@@ -66,11 +66,13 @@ output     = gamma · normalized + beta
 ```
 
 In training, mean and variance are those of the batch. Gamma and beta are learned; jbn calls gamma
-`scale` and beta `bias`, as Flax does.
+`scale` and beta `bias`, as Flax does. The small constant eps, 1e-5, keeps the division safe.
 
-Every number on this page was measured, and every claim was checked, by
-[`python examples/questions.py --write`](questions.py), which also drew the pictures. The data are
-the 1797 handwritten digits of scikit-learn, 8 by 8 pixels each. "A digit" below is one such image.
+The measured numbers and the pictures come from
+[`python examples/questions.py --write`](questions.py), which also checks every claim that rests on
+them. The data are the 1797 handwritten digits of scikit-learn, 8 by 8 pixels each. "A digit" below
+is one such image. Where a network is trained, it has two hidden layers of 32 channels, and learns
+from the first 1400 digits by gradient descent with momentum; the other 397 are for testing.
 Every short program starts from here:
 
 ```python

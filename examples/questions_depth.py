@@ -39,12 +39,12 @@ def exploding(steps):
     cancels. At the start it causes a milder one of its own, a fixed factor per layer, which
     training then tames.
 
-    In a network of 50 ReLU layers whose weights are 1.41 times too large (of He initialization),
-    the gradients start at {plain:.0e} without batch norm. One step, at any of three learning rates,
-    makes the loss NaN. With batch norm all gradients stay finite at all three. At the start they
-    grow by {growth:.2f} per layer (theory: 1.21, Yang et al. 2019), {total:.0f}-fold over 48
-    layers. After 30 steps at rate 0.3 the first layer's gradient has fallen from {first:.0f} to
-    less than 1.
+    In a network of 50 ReLU layers whose weights are 1.41 times those of He initialization, the
+    largest gradient of a layer has length {plain:.0e} at the start without batch norm. One step, at
+    rate 0.003, 0.03 or 0.3, makes the loss NaN. With batch norm all gradients stay finite at all
+    three rates. At the start they grow {growth:.3f}-fold per layer toward the input (theory: 1.211,
+    Yang et al. 2019), {total:.0f}-fold from layer 50 to layer 2. After 30 steps at rate 0.3 the
+    first layer's gradient has fallen from {first:.0f} to less than 1.
     """
     first, readout = random(1, 64, 32) / 4, random(2, 32, 10) / 6
     hidden = random(3, 49, 32, 32) * 2 / 32**0.5
@@ -86,7 +86,7 @@ def exploding(steps):
 
 
 def exploding_in_short():
-    # 8 times as large as for outputs of the size of the inputs
+    # 8 times the weights that would keep the outputs as large as the inputs
     weights = np.random.default_rng(0).normal(size=(25, 64, 64)).astype(np.float32)
 
     def loss(weights, normalize):
@@ -132,19 +132,20 @@ def missed(loss, weights, sizes):
 def higher_order(steps):
     """What are the higher-order effects of an update, and what does normalization do to them?
 
-    The gradient says what happens if one layer moves and the others stand still; but all layers
-    move at once, and in a product of layers each pair, triple and so on of their changes adds a
-    term of its own. Normalization resets the size of every layer's output, so sizes no longer
-    multiply through the chain: what the gradient cannot foresee is damped, not gone.
+    The gradient says what happens if one layer moves and the others stand still. But all layers
+    move at once, and each pair, each triple and so on of their changes adds a term of its own.
+    Normalization resets the size of every layer's output, so sizes no longer multiply through the
+    chain: what the gradient cannot foresee is, all in all, damped, not gone.
 
-    For layers w1 and w2, (w1 + d1)(w2 + d2) = w1·w2 + d1·w2 + w1·d2 + d1·d2: the gradient knows the
-    middle two, and d1·d2 is the second-order term. In a chain of 10 linear layers, after a step of
-    1 % of the weights' length, the second-order term is {plain2:.0%} of what the gradient promised;
-    with batch norm it is {norm2:.0%}. Not every order shrinks: the third is {plain3:.0%} without
-    and {norm3:.0%} with. All orders together miss the promised change of the loss by {plain10:.0%}
-    without and by {norm10:.0%} with batch norm; in 50 layers at 10 %, {plain50:.0f}-fold without
-    and {norm50:.1f}-fold with. 1-fold means that the loss is as far off as if nothing had come of
-    the promise. (Medians of 8 random chains.)
+    For layers w1 and w2, (w1 + d1)(w2 + d2) = w1·w2 + d1·w2 + w1·d2 + d1·d2: the gradient contains
+    the two middle terms, and d1·d2 is the second-order term. In a chain of 10 linear layers, after
+    a step of 1% of the weights' length, the second-order term is {plain2:.0%} of the first-order
+    one, the change that the gradient predicts; with batch norm it is {norm2:.0%}. Not every order
+    shrinks: the third is {plain3:.0%} without and {norm3:.0%} with. All orders together: the real
+    change of the loss differs from the predicted one by {plain10:.0%} of it without and by
+    {norm10:.0%} with batch norm. In 50 layers, after a step of 10%, it differs by {plain50:.0f}
+    times the predicted change without and by {norm50:.1f} times with batch norm. (1.0 times is what
+    one finds if the loss does not change at all. Medians of 8 random chains.)
     """
     x = (images[:256] - images[:256].mean(0)) @ random(1, 64, 32) / 4
     targets = 3 * jax.nn.one_hot(labels[:256], 10)
@@ -166,12 +167,12 @@ def higher_order(steps):
         shift = 0.2 if layer is normalized else -0.2
         bars = left.bar(np.arange(1, 4) + shift, terms[layer], 0.4, color=color, label=name)
         left.bar_label(bars, fmt="%.3g", fontsize=8)
-    left.set_xticks(range(1, 4), ["1: the promise", "2: pairs of layers", "3: triples"])
+    left.set_xticks(range(1, 4), ["1: the prediction", "2: pairs of layers", "3: triples"])
     title = "10 layers, a step of 1 %: what each order adds"
-    label(left, title, "order of the term", "size of the term, % of the promise")
-    right.axhline(1, color=GREY, lw=1, label="off by as much as was promised")
-    title = "All orders: how far the loss misses the promise"
-    label(right, title, "step, % of the weights' length", "error / promised change of the loss")
+    label(left, title, "order of the term", "size of the term, % of the prediction")
+    right.axhline(1, color=GREY, lw=1, label="off by as much as was predicted")
+    title = "All orders: how far the loss is from the prediction"
+    label(right, title, "step, % of the weights' length", "error / predicted change of the loss")
     right.legend(fontsize=8)
     better = all((off[normalized, d] < off[plain, d]).all() for d in (10, 50))
     claim("the prediction is better with batch norm", better)
@@ -206,19 +207,19 @@ def noisy(x, params, state):
 def unsettled(steps):
     """Why does it work? What is not settled?
 
-    There are three explanations, and none has won: that it keeps each layer's inputs from shifting
-    while the layers below learn (Ioffe & Szegedy 2015); that it makes the loss smoother, so that
-    gradients hold for longer steps (Santurkar et al. 2018; Bjorck et al. 2018); that it separates
-    the length of the weights from their direction and so tunes the learning rate by itself (Kohler
-    et al. 2019; Arora et al. 2019). The second and third are measured above, in the answers on
-    higher-order effects and on BN(Wu) = BN((aW)u); the first is tested here.
+    Three explanations are well known, and none has won: that it keeps each layer's inputs from
+    shifting while the layers before it learn (Ioffe & Szegedy 2015); that it makes the loss
+    smoother, so that gradients hold for longer steps (Santurkar et al. 2018; Bjorck et al. 2018);
+    that it separates the length of the weights from their direction and so tunes the learning rate
+    by itself (Kohler et al. 2019; Arora et al. 2019). The second and third are measured above, in
+    the answers on higher-order effects and on BN(Wu) = BN((aW)u); the first is tested here.
 
     Random shifts and factors after each batch norm, new ones at every step, make the inputs of the
     second layer shift by {shift_noisy:.2f} of their standard deviation per step. With plain batch
-    norm it is {shift_norm:.3f}, without any {shift_none:.3f}. Yet after {steps} steps with sigmoids
-    the training loss is {loss_noisy:.2f} with that noise, {loss_norm:.2f} with plain batch norm and
-    {loss_none:.2f} without any. The network whose inputs shift most trains better than the one
-    without batch norm, so less shift cannot be the whole explanation.
+    norm it is {shift_norm:.3f}, without batch norm {shift_none:.3f}. Yet after {steps} steps with
+    sigmoids the training loss is {loss_noisy:.2f} with that noise, {loss_norm:.2f} with plain batch
+    norm and {loss_none:.2f} without batch norm. The network whose inputs shift most trains better
+    than the one without batch norm, so less shift cannot be the whole explanation.
     """
     layers = {
         "none": (no_norm, WITHOUT, "no batch norm"),

@@ -28,12 +28,14 @@ def undo(steps):
     """What are gamma and beta for, if they can undo the normalization?
 
     They give every channel back its freedom: its output has mean beta and standard deviation
-    |gamma|, and the layer can still become the identity. What normalization changes is who decides:
-    two trained numbers, and no longer all the weights of all the layers below.
+    |gamma|, and the layer can still become the identity. What normalization changes is what sets
+    this mean and deviation: two trained numbers, and no longer all the weights of the layers
+    before.
 
     With gamma = √(variance + eps) and beta = mean, the layer returns its input to within
-    {error:.0e}. Now make the weights below 100 times as large. The spread of a plain "gamma · x +
-    beta" grows {plain:.0f} times; the spread of batch norm's output changes by {held:.2%}.
+    {error:.0e}. Now make the weights of the layer before 100 times as large. The spread of a plain
+    "gamma · x + beta" grows {plain:.0f} times; the spread of batch norm's output changes by
+    {held:.2%}.
     """
     x = images @ random(1, 64, 8) + 3
     _, state = jbn.init(8)
@@ -48,7 +50,7 @@ def undo(steps):
     batch_norm = [spread(jbn.batch_norm_train(f * x, undoing, state)[0]) for f in factors]
     affine = [spread(f * first * undoing.scale + undoing.bias) for f in factors]
     held, grown = max(batch_norm) / min(batch_norm) - 1, affine[-1] / affine[0]
-    claim("a plain affine layer follows the weights below, batch norm does not", held < 0.01)
+    claim("a plain affine layer follows the weights before it, batch norm does not", held < 0.01)
     claim("the plain layer's spread grows 100 times", grown > 99)
     figure, (left, right) = canvas("Gamma and beta can undo batch norm, and they decide alone")
     left.plot(x[::9, 0], first[::9, 0], ".", color=GREY, label="gamma 1, beta 0 (at the start)")
@@ -60,7 +62,8 @@ def undo(steps):
     right.loglog(factors, affine, "s-", color=WITHOUT, label="gamma · x + beta, no normalization")
     right.loglog(factors, batch_norm, "o-", color=WITH, label="batch norm, same gamma and beta")
     title = "Not the same as multiplying and adding alone"
-    label(right, title, "factor on the weights below", "standard deviation of the output")
+    factor = "factor on the weights of the layer before"
+    label(right, title, factor, "standard deviation of the output")
     return Answer(figure, {"error": error, "plain": grown, "held": held})
 
 
@@ -72,11 +75,11 @@ def undo_in_short():
     y, _ = jbn.batch_norm_train(x, identity, state)
     assert jnp.allclose(y, x, atol=1e-4)  # undone
     y, _ = jbn.batch_norm_train(100 * x, identity, state)
-    assert jnp.allclose(y, x, atol=1e-2)  # the weights below no longer set the spread
+    assert jnp.allclose(y, x, atol=1e-2)  # the weights before it no longer set the spread
 
 
 def high(steps):
-    """My activations must be high. How do gamma and beta bring them back?
+    """My activations must be high. How do gamma and beta make them high again?
 
     The normalized value is multiplied by gamma, and beta is added, so an output of 50 ± 10 only
     needs gamma = 10 and beta = 50. Where the loss asks for such values, its gradient moves gamma
@@ -84,7 +87,8 @@ def high(steps):
 
     The loss here asks 16 channels for a mean of 50 and a standard deviation of 10. Gamma starts at
     1 and beta at 0. After {steps} steps of gradient descent the channels have mean {mean:.1f} and
-    standard deviation {std:.1f}; each step went a tenth of what was left, as the formula says.
+    standard deviation {std:.1f}; each step covered a tenth of the distance left, as gradient
+    descent at this rate should.
     """
     x = images @ random(1, 64, 16)
     params, state = jbn.init(16)
@@ -132,8 +136,8 @@ def per_channel(steps):
     """Is it per channel or per batch? What exactly is averaged, and what is stored?
 
     Both: each channel has one mean and one variance, and they are taken over all images of the
-    batch and all positions in them. Of a block of N images, H rows, W columns and C channels, N·H·W
-    values go into each of the C means.
+    batch and all positions in them. In a block of N images with H rows, W columns and C channels,
+    each of the C means is taken over N·H·W values.
 
     For 16 images of 32 x 32 pixels with 3 channels the layer stores {shapes}. Each mean is over
     {count:.0f} values, 16 · 32 · 32. Afterwards every channel of the batch has mean 0 and variance
@@ -209,12 +213,14 @@ def one_pair(steps):
     """Do gamma and beta vary by input or by mini-batch? Are they one constant for all channels?
 
     Neither: every channel has its own gamma and its own beta, and all inputs and all mini-batches
-    share them. What changes from batch to batch in training is only the mean and the variance.
+    share them. Only the mean and the variance are taken from the batch; gamma and beta move by
+    training alone.
 
-    In the first layer of a network trained for {steps} steps, outputs drawn against normalized
-    inputs lie on one straight line per channel, the same line for two different batches: slope
-    gamma, height beta, to within {off:.0e}. The 32 gammas of that layer differ, from {low:.2f} to
-    {high:.2f}; over 30 batches the mean of a channel varies by ± {varies:.2f}.
+    In the first layer of a network trained for {steps} steps, plot the outputs against the
+    normalized inputs: each channel lies on one straight line, the same for two different batches.
+    Its slope is gamma and its intercept beta, to within {off:.0e}. The 32 gammas of that layer
+    differ, from {low:.2f} to {high:.2f}; over 30 batches the mean of a channel has a standard
+    deviation of {varies:.2f}.
     """
     net, _, _ = fit(create(), train_mode, steps)
     params, state = net.norms[0], net.states[0]

@@ -32,11 +32,11 @@ def sigmoid(steps):
     """What does an activation like the sigmoid have to do with gamma and beta?
 
     Normalized values lie mostly between -2 and 2, where a sigmoid is almost a straight line, and
-    layers that are straight lines can only compute a straight line together. Gamma spreads the
-    values into the bends, and beta shifts them to one side, as far as training finds useful.
+    straight-line layers, stacked, still compute only a straight line. Gamma spreads the values into
+    the bends, and beta shifts them to one side, as far as training finds useful.
 
-    On normalized inputs of 1797 digits, a straight line explains {line1:.1%} of what the sigmoid
-    does at gamma 1, {line4:.1%} at gamma 4, and {line16:.1%} at gamma 16.
+    On normalized inputs of 1797 digits, a straight line explains {line1:.1%} of the variance of the
+    sigmoid's output at gamma 1, {line4:.1%} at gamma 4, and {line16:.1%} at gamma 16.
     """
     xhat = normalized(images @ random(1, 64, 1))[:, 0]
 
@@ -78,8 +78,8 @@ def decorrelate(steps):
     """Does batch norm decorrelate the components?
 
     No: each channel is shifted and scaled by itself, so the correlation between two channels stays
-    exactly what it was. Removing it is called whitening, which needs the covariance matrix of all
-    channels.
+    what it was (its sign turns if one of the two gammas is negative). Removing it is called
+    whitening, which needs the covariance matrix of all channels.
 
     Two channels with correlation {before:.4f} come out of batch norm with correlation {after:.4f}:
     a slanted ellipse stays slanted. Whitening makes it a circle: {white:.4f}.
@@ -117,16 +117,16 @@ def decorrelate_in_short():
 
 
 def output_changes(steps):
-    """Does batch norm change the output of the layer?
+    """Does putting in batch norm change the output of a layer?
 
     Yes: the layers after it see beta + gamma · (normalized value) instead of what they saw before.
     So put it in before training; into a trained network it goes unnoticed only with gamma =
     √(variance + eps) and beta = mean.
 
-    A network trained without batch norm for {steps} steps is right in {original:.1%} of the test
+    A network trained without batch norm for {steps} steps is right on {original:.1%} of the test
     digits. With batch norm put into both hidden layers at gamma 1 and beta 0, the same weights are
-    right in {inserted:.1%}. With gamma and beta set from each layer's own variance and mean, they
-    are right in {matched:.1%} again.
+    right on {inserted:.1%}. With gamma and beta set from each layer's own variance and mean, they
+    are right on {matched:.1%} again.
     """
     net, _, _ = fit(create(), no_norm, steps, rate=0.03)
     test_x, test_y = images[TRAIN.stop :], labels[TRAIN.stop :]

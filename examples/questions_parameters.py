@@ -37,8 +37,8 @@ def rescaling(steps):
     The same network was trained for {steps} steps with gamma and beta, and with both held at their
     start, 1 and 0. With sigmoids the training loss ends at {sigmoid_trained:.3f} with them and
     {sigmoid_fixed:.3f} without; with ReLUs at {relu_trained:.3f} and {relu_fixed:.3f}. Sigmoids
-    gain more, because their weights cannot replace gamma: it sits between the normalization and the
-    bend.
+    gain more. One reason: no weight can replace gamma there, as it sits between the normalization
+    and the bend.
     """
     figure, axes = canvas("Training with gamma and beta reaches a lower loss", sharey=True)
     numbers = {}
@@ -74,9 +74,9 @@ def original_moments(steps):
     moves them to whatever lowers the loss.
 
     After {steps} steps, the gammas of a network's 64 hidden channels lie between {low:.2f} and
-    {high:.2f}, the standard deviations of their inputs between {std_low:.2f} and {std_high:.2f}.
-    Gamma is off the standard deviation by {gamma_off:.0%} in the median channel; beta is off the
-    mean by {beta_off:.1f} standard deviations.
+    {high:.2f}, the standard deviations of their inputs between {std_low:.2f} and {std_high:.2f}. In
+    the median channel gamma differs from the standard deviation by {gamma_off:.0%}, and beta from
+    the mean by {beta_off:.1f} standard deviations.
     """
     net, _, _ = fit(create(), train_mode, steps)
     gamma, beta = (np.concatenate(p) for p in zip(*net.norms, strict=True))
@@ -121,7 +121,7 @@ def created(steps):
 
     For a layer of 32 channels `jbn.init(32)` gives gamma {gamma}, all ones, and beta {beta}, all
     zeros. Kept beside the weights, a gamma moved by up to {moved:.2f} in {steps} steps of training.
-    Created in the forward pass, it is still exactly 1: moved by {stuck:.0f}.
+    Created in the forward pass, all of them are still exactly 1.
     """
     params, _ = jbn.init(32)
     claim("gamma starts at one, beta at zero", bool((params.scale == 1).all()))
@@ -157,7 +157,7 @@ def created(steps):
             left.annotate("", (0.15, 0.955 - 0.2 * k), (0.15, 1.045 - 0.2 * k), arrowprops=arrow)
     left.set_title("What this network of two hidden layers holds", fontsize=11)
     left.axis("off")
-    numbers = {"gamma": params.scale.shape, "beta": params.bias.shape, "stuck": stuck}
+    numbers = {"gamma": params.scale.shape, "beta": params.bias.shape}
     return Answer(figure, numbers, {"steps": steps, "moved": moved})
 
 
@@ -178,9 +178,9 @@ def updated(steps):
     the gradient with respect to the layer's output.
 
     For 1797 images of 8 x 8 positions and 16 channels, these sums by hand in float64 and `jax.grad`
-    differ by {error:.0e}. A step p - rate · dp by hand differs from `optax.sgd`'s by {step:.0e}.
-    Summing over the batch alone, at one position, is a common mistake: it is off by {wrong:.0%} of
-    the gradient.
+    differ by {error:.0e}. A step p - rate · dp by hand differs from `optax.sgd`'s by {step:.0e}. A
+    sum over the batch alone, at one position, is another number: it is off by {wrong:.0%} of the
+    gradient.
     """
     kernel, readout = random(1, 3, 3, 1, 16) / 3, random(2, 16, 10) / 4
     x = jax.lax.conv_general_dilated(
@@ -240,14 +240,15 @@ def updated_in_short():
 def weight_scale(steps):
     """Why is BN(Wu) = BN((aW)u), and what does that buy?
 
-    The factor a multiplies the mean and the standard deviation alike, so it cancels: the size of
-    the weights cannot blow up the output, and a larger weight only gets a smaller gradient. So the
-    layer forgives a learning rate that is too high: the weights grow until the steps fit.
+    W are the weights of the layer before, u its inputs, and a is any positive number. The factor a
+    multiplies the mean and the standard deviation alike, so it cancels: the size of the weights
+    cannot blow up the output, and a larger weight only gets a smaller gradient. So the layer
+    forgives a learning rate that is too high: the weights grow until the steps are small enough.
 
     From a = 0.01 to a = 100 the output changes by {change:.0e} at most, and the gradient is 1/a of
     what it was, to within {slope:.0e}. The gradient is always at right angles to W, so every step
-    makes W longer: by {longer:.0%} in 30 steps of 0.3. A step turns W by rate / |W|², which fell to
-    {rate:.0%} of what it was.
+    makes W longer: by {longer:.0%} in 30 steps at learning rate 0.3. A step turns W in proportion
+    to rate / |W|², which fell to {rate:.0%} of what it was.
     """
     params, state = jbn.init(16)
     readout, start = random(2, 16, 10), random(1, 64, 16) / 8

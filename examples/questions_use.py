@@ -39,10 +39,11 @@ def running_averages(steps):
     layer then uses averages of the means and variances that it saw in training. At inference
     everything is frozen: these averages, gamma and beta.
 
-    In training mode the output for one digit scatters by {small:.2f} at batch size 4 and by
-    {large:.2f} at 256; a batch of 1 has no variance, and jbn refuses it. The averages start at mean
-    0 and variance 1. After {k} batches that start still weighs momentum^{k}: {fast:.0e} at momentum
-    0.9, {slow:.2f} at 0.99. In evaluation mode that digit's output is {alone:.3f}, alone or among
+    In training mode the normalized value of one digit has a standard deviation of {small:.2f} over
+    random batches of 4, and of {large:.2f} over batches of 256; a batch of 1 has no variance, and
+    jbn refuses it. The averages start at mean 0 and variance 1. Momentum is the weight of the old
+    average, so after {k} batches that start still weighs momentum^{k}: {fast:.0e} at momentum 0.9,
+    {slow:.2f} at 0.99. In evaluation mode that digit's output is {alone:.3f}, alone or among
     {among}.
     """
     x, (params, state), count = images @ random(1, 64, 4) + 2, jbn.init(4), 300
@@ -110,12 +111,13 @@ def second_pass(steps):
 
     No: the moving averages were collected while training, and they are ready. One more pass pays
     when the weights are no longer those of the last steps, for example after averaging weights;
-    then `jbn.recalibrate` makes the statistics anew.
+    then `jbn.recalibrate` computes new statistics.
 
-    After {steps} steps the network is right in {running:.1%} of the test digits with its moving
-    averages, and in {exact:.1%} with statistics taken from the whole training set. Now average the
-    weights over the second half of training. With the old statistics the averaged weights are right
-    in {old:.1%}; with new ones, made by one pass, in {new:.1%}.
+    After {steps} steps at a learning rate of 1, so high that the weights never settle, the network
+    is right on {running:.1%} of the test digits with its moving averages, and on {exact:.1%} with
+    statistics taken from the whole training set. Now average the weights over the second half of
+    training. With the old statistics the averaged weights are right on {old:.1%}; with new ones,
+    computed in one pass, on {new:.1%}.
     """
     net, _, path = fit(create(), train_mode, steps, rate=1.0)
     test_x, test_y = images[TRAIN.stop :], labels[TRAIN.stop :]
@@ -156,13 +158,13 @@ def output_layer(steps):
     """In hidden layers, or before the output as well? And what of the bias before it?
 
     In hidden layers: the output must be free to say that all images of a batch are alike, and batch
-    norm takes their common part away. A bias just before batch norm is taken away with the mean, so
-    leave it out; beta does its work.
+    norm removes what they have in common. A bias just before batch norm is removed with the mean,
+    so leave it out; beta does its work.
 
-    On all digits together a linear classifier is right in {mixed:.0%}, with or without batch norm
-    on its outputs. On batches that hold a single digit it is right in {without:.0%} without and in
-    {with_it:.0%} with. The gradient of the loss by a bias before batch norm is {zero:.0e} at most;
-    without batch norm it is up to {slope:.1f}.
+    On all digits together a linear classifier is right on {mixed:.0%}, with or without batch norm
+    on its outputs. On batches whose images all show the same number it is right on {without:.0%}
+    without and on {with_it:.0%} with. The gradient of the loss with respect to a bias before batch
+    norm is {zero:.0e} at most; without batch norm it is up to {slope:.1f}.
     """
     one_hot = jax.nn.one_hot(labels, 10)
     logits = images @ jnp.asarray(np.linalg.lstsq(images, one_hot, rcond=1e-5)[0])
@@ -198,8 +200,8 @@ def output_layer(steps):
         right.plot(biases, loss, color=color, label=f"{name} after the bias")
     left.set_xticks(range(11), ["all", *range(10)])
     left.set_ylim(0, 100)
-    title = "Batches that hold only one digit (training mode)"
-    label(left, title, "digits in the batch", "correct, % of the batch", None)
+    title = "Batches of images of one number (training mode)"
+    label(left, title, "number that all images show", "correct, % of the batch", None)
     left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     label(right, "A bias before batch norm changes nothing", "size of the bias", "loss (nats)")
     numbers = {"mixed": free[0], "without": np.mean(free[1:]), "with_it": np.mean(bound[1:])}
@@ -211,7 +213,7 @@ def output_layer_in_short():
     y, _ = jbn.batch_norm_train(images, params, state)
     shifted, _ = jbn.batch_norm_train(images + 3.0, params, state)  # a bias of 3 before it
     assert jnp.allclose(y, shifted, atol=1e-3)
-    zeros = images[labels == 0]  # a batch of one digit: all its images have bright pixels in common
+    zeros = images[labels == 0]  # images of one number have bright pixels in common
     y, _ = jbn.batch_norm_train(zeros, params, state)
     assert zeros.mean(0).max() > 0.5
     assert jnp.abs(y.mean(0)).max() < 1e-3  # what they have in common is gone

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from jbn.health.findings import REMEDIES
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "examples").glob("*.md")))
@@ -158,6 +160,13 @@ def test_every_example_is_in_the_index():
     programs = {name for name in programs if not parts.match(name)}
     missing = {name for name in programs | guides if f"]({name})" not in index}
     assert not missing
+
+
+def test_every_warning_of_health_is_explained():
+    text = (ROOT / "examples" / "troubleshooting.md").read_text()
+    (table,) = re.findall(r"^\| warning \|.*?\n\n", text, re.M | re.S)
+    explained = re.findall(r"^\| ([a-z -]+?)(?: \(`Monitor`\))? \|", table, re.M)[1:]
+    assert explained == list(REMEDIES)
 
 
 SAMPLE = """

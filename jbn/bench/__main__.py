@@ -5,6 +5,7 @@ Exit codes: 0 if the rows were made, 1 if the work failed, 2 if the command line
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -54,11 +55,11 @@ def _parser():
     add = common.add_argument
     add("--filter", default="", help="only rows whose case, mode, dtype or peer contain every word")
     add("--quick", action="store_true", help="a small choice: under 60 s on two CPU cores")
-    add("--json", metavar="FILE", help="write one JSON object a row")
+    add("--json", metavar="FILE", type=_new_file, help="write one JSON object a row")
     drawn = argparse.ArgumentParser(add_help=False)
-    drawn.add_argument("--plot", metavar="FILE", help="draw a picture (extra bench)")
+    drawn.add_argument("--plot", metavar="FILE", type=_picture, help="draw a picture (extra bench)")
     timed = argparse.ArgumentParser(add_help=False)
-    timed.add_argument("--repeats", type=int, help="rounds of measurement")
+    timed.add_argument("--repeats", type=_positive, help="rounds of measurement")
 
     def command(name, run, summary, *parents):
         added = commands.add_parser(
@@ -68,7 +69,7 @@ def _parser():
         return added.add_argument
 
     add = command("op", _op, "time one layer, for every peer that is installed", drawn, timed)
-    add("--batch", type=int, help="images in a batch")
+    add("--batch", type=_positive, help="images in a batch")
     add = command(
         "traffic",
         _traffic,
@@ -77,13 +78,13 @@ def _parser():
     )
     names = ", ".join(targets.TARGETS)
     add("--target", nargs="+", default=["cpu"], help=f"{names}; GPUs and TPUs need the extra aot")
-    add("--batch", type=int, default=128, help="images in a train step")
-    add("--side", type=int, default=224, help="their height and width")
+    add("--batch", type=_positive, default=128, help="images in a train step")
+    add("--side", type=_positive, default=224, help="their height and width")
     add("--part", choices=("layer", "model"), help="only the layer, or only the train steps")
     _add_networks(add)
     add = command("model", _model, "time a network's train step, and its compilation", drawn, timed)
-    add("--batch", type=int, help="images in a step (default: by memory)")
-    add("--side", type=int, help="their height and width")
+    add("--batch", type=_positive, help="images in a step (default: by memory)")
+    add("--side", type=_positive, help="their height and width")
     _add_networks(add)
     add = command(
         "device",
@@ -98,6 +99,26 @@ def _parser():
     )
     add("--seconds", type=float, default=470, help="stop after so long")
     return parser
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number >= 1")
+    return int(text)
+
+
+def _new_file(text):
+    """A path to write to. What cannot be written is found before anything is measured."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a file in a folder that exists")
+    return text
+
+
+def _picture(text):
+    if not importlib.util.find_spec("matplotlib"):
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'jbn[bench]'")
+    return _new_file(text)
 
 
 def _add_networks(add):

@@ -51,7 +51,8 @@ REMEDIES = {
         "checkpoint"
     ),
     "not finite": (
-        "restore the last good checkpoint; skip_nonfinite=True refuses batches that would do this"
+        "restore the last good checkpoint; with skip_nonfinite=True such a batch no longer changes "
+        "the running statistics"
     ),
     "negative variance": (
         "the variables are damaged or were converted wrongly: convert them again with jbn.convert"

@@ -568,6 +568,23 @@ def test_help_says_what_a_command_does(command, capsys):
     assert summary in listed
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("op --batch 0", "'0', expected a whole number >= 1"),
+        ("op --repeats -1", "'-1', expected a whole number >= 1"),
+        ("model --side a", "'a', expected a whole number >= 1"),
+        ("op --json /nowhere/rows.jsonl", "expected a file in a folder that exists"),
+        ("traffic --plot .", "expected a file in a folder that exists"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_is_measured(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(words.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def _commands():
     (actions,) = [a for a in bench._parser()._actions if isinstance(a.choices, dict)]
     return actions.choices.values()
