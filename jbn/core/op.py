@@ -363,9 +363,8 @@ def _refuse_elsewhere(implementation, platforms):
     if not set(platforms) <= set(runs_on):
         raise NotImplementedError(
             f"implementation {implementation!r} runs on {' and '.join(runs_on)}, not on "
-            f"{', '.join(platforms)}: use implementation=None, or "
-            f"{implementation + '/interpret'!r} "
-            "to check numbers anywhere"
+            f"{', '.join(platforms)}: use implementation=None, or '{implementation}/interpret' to "
+            "check numbers anywhere"
         )
     device = _device()
     reason = None if device is None else kernels.unsupported_device(device.kind)
@@ -379,11 +378,9 @@ def _device() -> Device | None:
     if meant is not None:
         return Device(meant.device_kind, meant.num_cores or 1)
     first = jax.local_devices()[0]
-    return (
-        None
-        if first.platform == "cpu"
-        else Device(first.device_kind, getattr(first, "core_count", 1))
-    )
+    if first.platform == "cpu":
+        return None
+    return Device(first.device_kind, getattr(first, "core_count", 1))
 
 
 # --- Over several devices ----------------------------------------------------------------------

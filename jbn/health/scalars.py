@@ -60,7 +60,9 @@ def metrics(
         variables: as of `model_report`, such as linen variables, or an nnx module or state.
         moments: of the layers' inputs in one batch, by the layer's name, as from `input_moments`.
         previous: the variables before this step's update. The batch's statistics follow from the
-            change of the running ones, without moments and without a pass over activations.
+            change of the running ones, without moments and without a pass over activations. A layer
+            that is called k times in a step updates k times, which reads as a drift up to k times
+            as large: pass its moments instead.
         momentum: of the layers, where `previous` is given.
         gradients: tree of the gradients, with the paths of the parameters.
         pairs: the weights before each norm: a dict such as {"BatchNorm_0": "Conv_0/kernel"}, or the

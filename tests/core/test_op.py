@@ -145,17 +145,25 @@ def test_one_kernel_only_where_nothing_stands_between_the_steps():
         assert chosen(config._replace(implementation=None)) is None
 
 
-def test_gradient_of_eps_through_the_fused_kernels():
+def test_gradients_of_all_operands_through_the_fused_kernels():
+    """With that of x, without which the backward pass takes no kernel of its own."""
     device = AbstractDevice("TPU v5e", 1, "tpu")
+    operands = X, *PARAMS, jnp.cos(X), jnp.float32(0.1)
 
-    def loss(eps, implementation):
-        y, _ = jbn.batch_norm_train(X, PARAMS, STATE, eps=eps, implementation=implementation)
-        return jnp.sum(y**2 * jnp.cos(X))
+    def loss(x, scale, bias, residual, eps, implementation):
+        known = {"eps": eps, "residual": residual, "implementation": implementation}
+        y, _ = jbn.batch_norm_train(x, jbn.Params(scale, bias), STATE, **known)
+        return jnp.sum(y**2 * jnp.cos(3 * X))
 
-    derive = lambda implementation: jax.jit(jax.grad(lambda eps: loss(eps, implementation)))
+    gradient = jax.grad(loss, argnums=range(5))
+    derive = lambda implementation: jax.jit(lambda *operands: gradient(*operands, implementation))
     with jax.sharding.use_abstract_mesh(
         AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
     ):
-        lowered = derive("mosaic_tpu/interpret").lower(0.1)
-    assert "fwd_fused" in lowered.as_text(debug_info=True)
-    np.testing.assert_allclose(lowered.compile()(0.1), derive("xla")(0.1), rtol=1e-5)
+        lowered = derive("mosaic_tpu/interpret").lower(*operands)
+    text = lowered.as_text(debug_info=True)
+    assert "fwd_fused" in text
+    assert "bwd_fused" in text
+    want = derive("xla")(*operands)
+    for found, right in zip(lowered.compile()(*operands), want, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * float(abs(right).max()))

@@ -41,7 +41,7 @@ OTHERS = "1 3 8 12 77 616 1000"
 CHANNELS = sorted({int(n) for text in (*NETWORKS.values(), OTHERS) for n in text.split()})
 ROWS = (1, 49, 333, 1000, 12544)  # 49 images of 1x1, 333: odd
 DTYPES = ("float32", "bfloat16", "float16")
-ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
+ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "silu", "gelu")
 FOUR = ("fwd_stats", "fwd_apply", "bwd_stats", "bwd_apply")
 KERNELS = (
     *(("mosaic_gpu", name) for name in (*FOUR, "fwd_fused", "bwd_fused")),
