@@ -30,9 +30,9 @@ def metrics(
     """Scalars of every batch norm, by "layer/name": for TensorBoard, wandb, CLU, a CSV or Monitor.
 
     Call it in the jitted training step. It reads vectors of the size of the features, and with
-    `pairs` the weights; it never reads activations. Of a ResNet-18 step on two CPU cores
-    (224 x 224, batch 8) it took 0.4 %, and 1.6 % with `previous`, `gradients` and `pairs`.
-    The names after the layer's:
+    `pairs` the weights; it never reads activations. A call took
+    1.3 ms, 0.14 % of a ResNet-18 step on two CPU cores (224 x 224, batch 8), and 12 ms or 1.4 %
+    with `previous`, `gradients` and `pairs`. The names after the layer's:
 
     Always:
         signal: the smallest standard deviation of a normalized value, 1 in a working layer.
