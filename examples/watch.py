@@ -6,6 +6,7 @@ python examples/watch.py --healthy        the same training with nothing wrong: 
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import flax.linen as nn
@@ -87,7 +88,10 @@ def main():
     )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--healthy", action="store_true", help="train with nothing wrong")
-    parser.add_argument("--out", type=Path, default=Path("watch.html"))
+    in_temporary = Path(tempfile.gettempdir()) / "watch.html"
+    parser.add_argument(
+        "--out", type=Path, default=in_temporary, help="the page; default: %(default)s"
+    )
     args = parser.parse_args()
     monitor, variables = watch(args.steps, faults=not args.healthy)
     args.out.write_text(monitor.to_html(health.model_report(variables)), encoding="utf-8")
