@@ -25,7 +25,8 @@ PROGRAMS_PER_SM = 6
 # Tiles per program of a reduction. With 64 the partial results are 1 % of the traffic, and longer
 # chunks gain nothing more; with fewer than 16 they would be over 5 %. Not measured yet.
 MAX_REDUCED_TILES = 64
-# How many tiles of an array a reduction loads before it uses the first. Not measured yet.
+# How many tiles, counted over all its arrays, a reduction loads before it uses the first. More of
+# three arrays spilled a register beside the derivative of silu or gelu. Not measured yet.
 UNROLL = 4
 # Tiles per program of an elementwise pass, all loaded before the first is used. Not measured yet.
 MAPPED_TILES = 4
@@ -153,8 +154,8 @@ def warp_lanes(itemsize: int) -> int:
     return WARP * VECTOR_BYTES // itemsize
 
 
-def reduced(rows: int, width: int, itemsize: int) -> Tiles:
-    """Tiles of a pass that leaves one partial result per chunk of rows.
+def reduced(rows: int, width: int, itemsize: int, num_arrays: int = 1) -> Tiles:
+    """Tiles of a pass over `num_arrays` arrays that leaves one partial result per chunk of rows.
 
     Chunks are long, but there are enough of them to keep all multiprocessors busy.
     """
@@ -162,7 +163,8 @@ def reduced(rows: int, width: int, itemsize: int) -> Tiles:
     num_rows, num_columns = -(-rows // block_rows), -(-width // block_cols)
     wanted = -(-num_rows * num_columns // (NUM_SMS * PROGRAMS_PER_SM))
     num_tiles = _near(max(1, min(wanted, MAX_REDUCED_TILES, num_rows)), num_rows)
-    return Tiles(rows, width, block_rows, block_cols, num_tiles, math.gcd(num_tiles, UNROLL))
+    unroll = math.gcd(num_tiles, max(1, UNROLL // num_arrays))
+    return Tiles(rows, width, block_rows, block_cols, num_tiles, unroll)
 
 
 def mapped(rows: int, width: int, itemsize: int) -> Tiles:

@@ -225,7 +225,7 @@ class _Program(NamedTuple):
 
 
 def _reduce(kernel, arrays, vectors, num_results, interpret, **options):
-    tiles = blocks.reduced(*arrays[0].shape, arrays[0].dtype.itemsize)
+    tiles = blocks.reduced(*arrays[0].shape, arrays[0].dtype.itemsize, len(arrays))
     shapes, dtypes = (
         ((tiles.num_chunks, tiles.width),) * num_results,
         (jnp.dtype(jnp.float32),) * num_results,
