@@ -10,7 +10,7 @@ import jbn.linen
 from jbn import convert
 
 pytestmark = pytest.mark.third_party
-EPS = 1e-6  # sbx leaves epsilon out of one of two standard deviations: small, it does not matter
+EPS = 1e-6  # so small that it does not matter where sbx leaves it out (see `from_sbx`)
 
 
 def sbx_layer(x, mean, var, steps, r_max=3, d_max=5, warm_up_steps=100_000, momentum=0.99):
