@@ -2,12 +2,13 @@
 
 Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
 lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
-deselected unless asked for (-m grid), and so is slow, which takes more than 10 seconds.
+deselected unless asked for (-m grid), and so is slow, which takes many seconds.
 """
 
 import contextlib
 import importlib.util
 import os
+import zlib
 
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -25,6 +26,29 @@ hypothesis.settings.register_profile(
     "jbn", deadline=None, derandomize=True, database=None, max_examples=25
 )
 hypothesis.settings.load_profile("jbn")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thin",
+        action="store_true",
+        help="of a parametrized test its first case and about half of the others, unless it is "
+        "slow or compiles for an accelerator: for a second environment",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("thin"):
+        return
+    kept, dropped, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        whole = test not in seen or any(map(item.get_closest_marker, ("slow", "aot")))
+        # Not every second one, which might leave one value of a parameter out.
+        (kept if whole or zlib.crc32(item.nodeid.encode()) % 2 else dropped).append(item)
+        seen.add(test)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,7 @@ def test_inside_other_transforms_nothing_is_fused_and_all_is_right():
     agree(function, X)
 
 
+@pytest.mark.slow
 def test_under_every_transform_from_outside():
     function = lambda x: jax.nn.silu(norm(x) + jnp.sin(x))
     one = fuse(function)
@@ -209,6 +210,7 @@ def test_under_every_transform_from_outside():
     close(jax.jit(one)(x), function(X))
 
 
+@pytest.mark.slow
 def test_masks_virtual_batches_renorm_and_bfloat16():
     mask = np.arange(16)[:, None] % 3 > 0
     for options in (

@@ -1,6 +1,7 @@
 """The benchmark: every peer computes the same, clocks are read right, and a hang costs one row."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -539,8 +540,11 @@ def test_op_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.third_party
-def test_model_from_the_command_line(tmp_path, capsys):
-    """The smallest network on the smallest images: every column is there, and a picture."""
+def test_model_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """A network of two blocks on small images: every column is there, and a picture."""
+    name, model = networks.NETWORKS["mobilenet_v2"]
+    short = functools.partial(model, stages=((1, 8, 1, 2, 3), (2, 8, 1, 1, 3)))
+    monkeypatch.setitem(networks.NETWORKS, "mobilenet_v2", (name, short))
     picture, path = tmp_path / "model.png", tmp_path / "model.jsonl"
     words = ["model", "--network", "mobilenet_v2", "--batch", "2", "--side", "32", "--repeats", "2"]
     assert bench.main([*words, "--plot", str(picture), "--json", str(path)]) == 0

@@ -77,7 +77,9 @@ def test_one_device_or_more():
     np.testing.assert_array_equal(op.in_one("xla/interpret", lambda x: None, apart, X), X + 2)
 
 
-@pytest.mark.parametrize("transform", ["jit", "vmap", "hessian"])
+@pytest.mark.parametrize(
+    "transform", ["jit", "vmap", pytest.param("hessian", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_fused_through_the_public_call(transform, with_residual):
     """For a TPU where x fits: forward and backward in one kernel each, interpreted here, against

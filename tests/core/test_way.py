@@ -112,6 +112,7 @@ def test_the_program_is_no_longer_than_flax_makes_it():
 # JAX's own tools.
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks():
     with jax.checking_leaks():
         jax.jit(jax.grad(training_loss))(jnp.ones((9, 7)))

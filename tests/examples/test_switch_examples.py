@@ -60,7 +60,7 @@ def test_the_networks_are_the_papers(example, name):
 
 def _networks():
     """One network of each system; `-m grid` compares the others."""
-    marks = {("EfficientNet-B0", "linen"): pytest.mark.slow, ("U-Net", "nnx"): pytest.mark.slow}
+    marks = {("DenseNet-121", "linen"): pytest.mark.slow, ("U-Net", "nnx"): pytest.mark.slow}
     return [
         pytest.param(name, system, marks=marks.get((name, system), pytest.mark.grid))
         for name, system in itertools.product(NAMES, ("linen", "nnx"))
