@@ -559,7 +559,16 @@ class Axis(enum.Enum):
     CHANNELS = 2
 
 
-@pytest.mark.parametrize("name", [Axis.BATCH, frozenset([1]), ("rows", "columns"), Axis], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        Axis.BATCH,
+        frozenset([1]),
+        pytest.param(("rows", "columns"), marks=pytest.mark.slow),
+        pytest.param(Axis, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_an_axis_name_may_be_any_hashable(name):
     """Forward, gradients, and gradients of gradients, each in the derivative rule's own way."""
     x, (params, state) = draw((2, 4, 3, 5)), layer(5)
@@ -584,7 +593,7 @@ def test_an_axis_name_may_be_any_hashable(name):
     close(along(mapped), along(plain))
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("context", [False, True])
 def test_a_fresh_state_on_an_explicit_mesh_with_split_channels(jit, context):
     """The state is on no mesh yet: its update goes where the moments of x are."""

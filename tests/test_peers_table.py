@@ -322,6 +322,7 @@ def third_derivative(library, x):
     return float(jax.grad(jax.grad(jax.grad(f)))(jnp.zeros((), jnp.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize("library", ["jbn", "flax", "torch"], indirect=True)
 def test_third_derivatives(library):

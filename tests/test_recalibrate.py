@@ -85,7 +85,7 @@ class LinenModel(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [jbn.linen.BatchNorm, nn.BatchNorm])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_linen_model_is_exact_in_as_many_passes_as_its_chain(norm, masked):
     model = LinenModel(norm)
     xs = batches(12)

@@ -144,7 +144,7 @@ def unlike(a, b):
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_computes_as_the_model_with_jbns_layers(kind, jit):
     model, ours = kind(), kind(jbn.linen.BatchNorm)
     wrap = jax.jit if jit else lambda f: f

@@ -57,7 +57,15 @@ def _expected(problem, x, residual, dy):
 
 @pytest.mark.third_party
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("library", ["flax_linen", "flax_nnx", "jbn_linen", "haiku", "equinox"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        "jbn_linen",
+        "haiku",
+        "equinox",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("flax_linen", "flax_nnx")),
+    ],
+)
 def test_jax_peers_agree_with_float64(library, case):
     if library in ("haiku", "equinox") and importlib.util.find_spec(library) is None:
         pytest.skip(f"needs {library} of the peers extra")

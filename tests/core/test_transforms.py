@@ -247,7 +247,11 @@ def test_equals_plain_jax_numpy(transform, variant):
 
 @pytest.mark.parametrize(
     "transform",
-    ["jvp", "grad", "grad of jvp", "vmap of grad", "grad of scan", "grad of cond", "remat"],
+    ["jvp", "grad", "grad of jvp"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("vmap of grad", "grad of scan", "grad of cond", "remat")
+    ],
 )
 def test_equals_plain_jax_numpy_without_jit(transform):
     run = TRANSFORMS[transform]

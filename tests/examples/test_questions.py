@@ -25,6 +25,7 @@ import questions_common  # noqa: E402
 
 ALL = questions.ALL
 NAMES = [question.__name__ for question, _ in ALL]
+LONG = {"higher_order", "exploding", "unsettled", "rescaling", "one_pair", "updated", "high"}
 ROUNDING = 1e-3  # below this a number is a rounding error, of which only the size is compared
 
 
@@ -86,7 +87,13 @@ def test_the_page_has_every_question_once():
         assert text.count(f"(#{questions.anchor(k, title)})") == 1
 
 
-@pytest.mark.parametrize("k", range(len(ALL)), ids=NAMES)
+@pytest.mark.parametrize(
+    "k",
+    [
+        pytest.param(k, id=name, marks=[pytest.mark.slow] * (name in LONG))
+        for k, name in enumerate(NAMES)
+    ],
+)
 def test_answer_holds_and_the_page_tells_it(k, tmp_path):
     question, in_short = ALL[k]
     answer = question(20)  # raises where a claim is false

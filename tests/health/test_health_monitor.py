@@ -50,7 +50,7 @@ def test_planted_faults_are_named_within_20_steps():
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_healthy_run_gives_no_warning(seed):
     monitor, _ = watch.watch(400, faults=False, seed=seed, progress=iter)
     assert monitor.events == []

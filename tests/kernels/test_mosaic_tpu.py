@@ -97,8 +97,8 @@ def test_half_of_the_rows_far_from_the_other():
 SIMULATED = [
     ((45, 24), "float32"),
     ((50, 40), "bfloat16"),
-    ((3, 37, 200), "float32"),
-    ((2, 24, 130), "float32"),
+    pytest.param((3, 37, 200), "float32", marks=pytest.mark.slow),
+    pytest.param((2, 24, 130), "float32", marks=pytest.mark.slow),
 ]
 
 
