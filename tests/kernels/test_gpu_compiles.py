@@ -136,7 +136,7 @@ def test_compiles_for_h200_without_spills(case, capfd, monkeypatch):
         if jax.__version_info__ >= (0, 11):
             _check_declined(case)
         return
-    # Mosaic prints both; MOSAIC_GPU_DUMP_TO would make it write out for seconds how it found layouts.
+    # Mosaic prints both. With MOSAIC_GPU_DUMP_TO it would also write, for seconds, its constraints.
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
