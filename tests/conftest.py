@@ -2,7 +2,7 @@
 
 Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
 lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
-deselected unless asked for (-m grid), and so is slow, which takes many seconds.
+deselected unless asked for (-m grid), and so is slow, which takes long.
 """
 
 import contextlib

@@ -77,6 +77,9 @@ def test_large_reductions_fill_the_card_and_leave_little_behind():
     ("sizes", "tiles"),
     [
         ((12544, 1024, 2), (12544, 1024, 16, 64, 16, 4)),  # 49 * 16 programs of 16 tiles
+        # Of two arrays two tiles each are in flight, and of three one each.
+        ((12544, 1024, 2, 2), (12544, 1024, 16, 64, 16, 2)),
+        ((12544, 1024, 2, 3), (12544, 1024, 16, 64, 16, 1)),
         ((12544, 1024, 4), (12544, 1024, 16, 32, 28, 4)),
         ((63, 3, 4), (63, 3, 64, 4, 1, 1)),  # one program, smaller than its tile
         ((1, 2048, 2), (1, 2048, 1, 64, 1, 1)),
