@@ -720,7 +720,7 @@ def test_a_tangent_that_is_nan_stays_where_its_element_is_masked():
 
 
 @pytest.mark.third_party
-@pytest.mark.parametrize("how", ["plain", "renorm", "linen", "nnx"])
+@pytest.mark.parametrize("how", ["plain", "virtual", "renorm", "linen", "nnx"])
 def test_a_masked_nan_never_reaches_the_check_of_jax_debug_nans(how):
     """Not in a derivative taken outside jit either, where each operation on a traced x counts."""
     x, (params, state) = draw((6, 3)).at[2].set(jnp.nan), jbn.init(3)
@@ -730,6 +730,9 @@ def test_a_masked_nan_never_reaches_the_check_of_jax_debug_nans(how):
     nnx_layer = jbn.nnx.BatchNorm(3, update_stats=False, rngs=nnx.Rngs(0))
     loss = {
         "plain": lambda x: jbn.batch_norm_train(x, params, state, weights=mask)[0].sum(),
+        "virtual": lambda x: jbn.batch_norm_train(
+            x, params, state, weights=mask, virtual_batch_size=3
+        )[0].sum(),
         "renorm": lambda x: jbn.batch_renorm_train(
             x, params, state, weights=mask, r_max=2.0, d_max=1.0
         )[0].sum(),

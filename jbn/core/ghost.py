@@ -8,6 +8,7 @@ takes no communication.  The running state is updated with the moments of all ex
 Reference: Hoffer, Hubara & Soudry 2017, section 4.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,13 @@ from jbn.core.passes import Operands
 from jbn.kernels.seam import Stats
 
 
+def _recomputes_reshapes(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: keep everything but what a reshape gives."""
+    return primitive.name != "reshape"
+
+
+# What is kept of x is then x itself rather than its grouped copy.
+@functools.partial(jax.checkpoint, policy=_recomputes_reshapes, prevent_cse=False, static_argnums=0)
 def batch_norm(
     config: Config, operands: Operands, weights: Array | None, guess: Array
 ) -> tuple[Array, Stats]:
