@@ -165,6 +165,30 @@ def test_passes_over_memory(activation, with_residual, passes, dtype):
 
 
 @pytest.mark.aot("jax_cuda13_plugin")
+@pytest.mark.parametrize(
+    ("follow", "passes"),
+    [
+        # Statistics, then y and its mean, then the product: squeeze-and-excitation.
+        (lambda y: y * jax.nn.sigmoid(y.mean((1, 2), keepdims=True)), 1 + 2 + 2),
+        # Statistics, then y with its padding, as before a convolution with a stride.
+        (lambda y: jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0))), 1 + 2),
+    ],
+    ids=["squeeze", "pad"],
+)
+def test_silu_is_fused_with_what_follows(follow, passes):
+    def forward(x, params, state):
+        y, state = jbn.batch_norm_train(x, params, state, activation=jax.nn.silu)
+        return follow(y), state
+
+    x = jax.ShapeDtypeStruct((128, 28, 28, 240), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((240,), jnp.float32)
+    state = jbn.State(vector, vector, jax.ShapeDtypeStruct((), jnp.int32))
+    compiled = targets.compile_for("h200", forward, x, jbn.Params(vector, vector), state)
+    moved = hlo.moved(hlo.operations(compiled.as_text()))
+    assert moved <= (passes + 0.2) * 2 * x.size
+
+
+@pytest.mark.aot("jax_cuda13_plugin")
 def test_no_mask_of_bools_is_stored():
     """Between two convolutions, where XLA would write relu's mask beside y."""
 
