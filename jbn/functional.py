@@ -374,7 +374,7 @@ def _checked(
     `options` are the other fields of `Config`, as the user gave them.
     """
     x = validate.array(x, "x")
-    given = Config(**options, virtual_batch_size=virtual_batch_size)
+    given = Config(**options)
     axis = validate.axis(given.axis, x.ndim)
     validate.parameters(params, state, x, axis)
     validate.updatable(state)
@@ -382,6 +382,7 @@ def _checked(
     validate.epsilon(eps, x.dtype)
     weights = validate.weights(weights, x)
     validate.mapped_axis(given.axis_name)
+    virtual_batch_size = validate.virtual_batch(virtual_batch_size, x, axis)
     validate.batch(x, axis, weights, given.axis_name, virtual_batch_size)
     config = given._replace(
         axis=axis,
@@ -389,6 +390,7 @@ def _checked(
         dtype=validate.output_dtype(given.dtype, x),
         implementation=validate.implementation(given.implementation),
         axis_index_groups=validate.groups(given.axis_index_groups, given.axis_name),
+        virtual_batch_size=virtual_batch_size,
         unbiased=validate.flag(given.unbiased, "unbiased"),
         skip_nonfinite=validate.flag(given.skip_nonfinite, "skip_nonfinite"),
     )

@@ -6,6 +6,7 @@ The message says what came, and a call that raises changes nothing.
 # pyright: reportArgumentType=false
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,30 @@ TABLE = [
         lambda: train_x(jnp.ones((6, 4), jnp.complex64)),
         TypeError,
         ["complex64", "Flax"],
+    ),
+    (
+        "x without values",
+        lambda: train_x(jax.ShapeDtypeStruct((6, 4), jnp.float32)),
+        TypeError,
+        ["ShapeDtypeStruct", "jax.eval_shape"],
+    ),
+    (
+        "x with dtypes of its own",
+        lambda: train_x(types.SimpleNamespace(shape=(6, 4), dtype="torch.float32")),
+        TypeError,
+        ["SimpleNamespace", "jnp.asarray(x)"],
+    ),
+    (
+        "an activation that returns nothing",
+        lambda: train(activation=lambda y: None),
+        TypeError,
+        ["None", "(6, 4)", "elementwise"],
+    ),
+    (
+        "an activation that reduces",
+        lambda: evaluate(activation=jnp.sum),
+        TypeError,
+        ["()", "(6, 4)", "elementwise"],
     ),
     ("x of lists", lambda: train_x([[1.0, 2.0]]), TypeError, ["list", "[[1.0, 2.0]]"]),
     (
@@ -474,6 +499,11 @@ ALLOWED = [
         "rank 1 and axis_name",
         lambda: jax.vmap(lambda x: train_x(x, axis_name="i")[0], axis_name="i")(X),
         None,
+    ),
+    (
+        "virtual_batch_size an array",
+        lambda: train(virtual_batch_size=jnp.int32(3))[0],
+        train(virtual_batch_size=3)[0],
     ),
     ("momentum 0", lambda: train(momentum=0)[1].mean, MOMENTS.mean),
     ("momentum 1", lambda: train(momentum=1)[1].mean, STATE.mean),

@@ -743,3 +743,24 @@ def test_a_masked_nan_never_reaches_the_check_of_jax_debug_nans(how):
         for step in (loss, jax.grad(loss), lambda x: jax.jvp(loss, (x,), (jnp.ones((6, 3)),))):
             for call in (step, jax.jit(step)):
                 assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(call(x)))
+
+
+def test_without_jit():
+    """disable_jit is how people debug: every function runs, to the same values."""
+    x, (params, state) = draw((6, 3)), layer(3)
+    loss = lambda x: (jbn.batch_norm_train(x, params, state, activation=jax.nn.silu)[0] ** 2).sum()
+    calls = {
+        "train": lambda: jbn.batch_norm_train(x, params, state),
+        "virtual": lambda: jbn.batch_norm_train(x, params, state, virtual_batch_size=3),
+        "renorm": lambda: jbn.batch_renorm_train(x, params, state, r_max=2.0, d_max=1.0),
+        "eval": lambda: jbn.batch_norm_eval(x, params, state),
+        "moments": lambda: jbn.moments(x),
+        "grad": lambda: jax.grad(loss)(x),
+        "vmap": lambda: jax.vmap(loss)(x[None]),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with jax.disable_jit():
+            got = call()
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5, err_msg=name)
+        jax.tree.map(close, got, expected)

@@ -38,13 +38,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
 
 from jbn.core import op, passes, stats
 from jbn.core.config import Config
 from jbn.core.linear import linear
 from jbn.core.passes import Operands, zero_where
-from jbn.core.sharding import zeros_like
+from jbn.core.sharding import is_automatic, named_axes, zeros_like
 from jbn.kernels.seam import (
     Stats,
     broadcastable,
@@ -70,13 +69,14 @@ def batch_norm(
 @functools.partial(batch_norm.defjvp, symbolic_zeros=True)
 def _batch_norm_jvp(config, primals, tangents):
     operands, weights, guess = primals
-    y, batch = batch_norm(config, operands, weights, guess)
-    y, point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
-    mean = batch.shift + batch.offset
-    t_y, t_stats = _linear(config, point, (_present(tangents[0]), None), (y, (mean, batch.m2)))
-    t_mean, t_m2 = (
-        stats.unmapped(t, point.x, config.axis_name, config.axis_index_groups) for t in t_stats
-    )
+    with named_axes(config.axis_sizes):
+        y, batch = batch_norm(config, operands, weights, guess)
+        y, point = passes.point(config, operands, weights, batch, stats.variance(batch), y)
+        mean = batch.shift + batch.offset
+        t_y, t_stats = _linear(config, point, (_present(tangents[0]), None), (y, (mean, batch.m2)))
+        t_mean, t_m2 = (
+            stats.unmapped(t, point.x, config.axis_name, config.axis_index_groups) for t in t_stats
+        )
     return (y, batch), (t_y, Stats(zeros_like(batch.count), zeros_like(batch.shift), t_mean, t_m2))
 
 
@@ -96,8 +96,7 @@ def _normalize_jvp(config, primals, tangents):
 
 
 def _linear(config, point, tangents, like):
-    is_local = any(k != AxisType.Auto for k in jax.typeof(point.x).sharding.mesh.axis_types)
-    contains = None if is_local else op.needs_devices()
+    contains = op.needs_devices() if is_automatic(point.x) else None
     return linear(_tangent, passes.backward, config, point, tangents, like, contains)
 
 

@@ -13,6 +13,7 @@ class Config(NamedTuple):
     implementation: str | None = None
     axis_name: Hashable | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    axis_sizes: tuple[tuple[Hashable, int], ...] = ()  # (name, size), see `sharding.named_axes`
     virtual_batch_size: int | None = None
     unbiased: bool = False
     skip_nonfinite: bool = False

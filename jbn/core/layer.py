@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core import autodiff, ghost, marking, op, renorm, running, sharding, stats
+from jbn.core import autodiff, ghost, marking, op, renorm, running, sharding, stats, validate
 from jbn.core.config import Config
 from jbn.core.passes import Operands
 from jbn.kernels.seam import FUSED, accumulator
@@ -36,7 +36,7 @@ def train(
     decay = running.decay(momentum)
     arguments = (x, params, state, decay, eps, weights, limits, residual)
     y, new_state = marking.call(_train, *arguments, config=fused)
-    return y if after is None else after(y).astype(config.dtype), new_state
+    return _activated(after, y, config), new_state
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
         return x.astype(config.dtype)
     fused, after = _split_activation(config)
     y = marking.call(_evaluate, x, params, state, eps, residual, config=fused)
-    return y if after is None else after(y).astype(config.dtype)
+    return _activated(after, y, config)
 
 
 def _split_activation(config: Config):
@@ -67,8 +67,13 @@ def _split_activation(config: Config):
     return config._replace(activation=None), config.activation
 
 
+def _activated(after, y, config):
+    return y if after is None else validate.activated(after(y), y).astype(config.dtype)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _train(x, params, state, decay, eps, weights, limits, residual, *, config):
+    config = config._replace(axis_sizes=sharding.axis_sizes(config.axis_name))
     weights, _ = stats.rescale(weights, config.axis, config.axis_name)
     if limits is not None:
         known = {"config": config, "limits": limits, "eps": eps, "weights": weights}

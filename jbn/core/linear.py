@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jbn.core.sharding import repeated
+
 
 def linear(
     forward: Callable,
@@ -148,8 +150,9 @@ def _batch(axis_data, operands, dims, *, op, contains):
         return out, [None] * len(out)
     n, pairs = op.num_point, list(zip(operands, dims, strict=True))
     moved = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in pairs]
+    mapped = next(y for (_, dim), y in zip(pairs, moved, strict=True) if dim is not None)
     moved[n:] = [
-        jnp.broadcast_to(x, (axis_data.size, *x.shape)) if dim is None else y
+        repeated(x, mapped) if dim is None else y
         for (x, dim), y in zip(pairs[n:], moved[n:], strict=True)
     ]
     arguments = {"axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}

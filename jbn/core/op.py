@@ -88,10 +88,9 @@ def _run(config, arguments, residual_dtype=None):
     options = Options(config.axis, activation=config.activation, **dtypes)
     on_xla = getattr(arguments, "weights", None) is not None or config.implementation is None
     call = _Call(tree, options, "xla" if on_xla else str(config.implementation))
-    mesh = jax.typeof(arguments.x).sharding.mesh
     # XLA splits what is elementwise by itself; a sum or a kernel takes `_over_devices`.
     whole = call.implementation == "xla" and not arguments.reduces
-    local = whole or any(kind != AxisType.Auto for kind in mesh.axis_types)
+    local = whole or not sharding.is_automatic(arguments.x)
     return primitive.bind(*leaves, call=call, devices=None if local else needs_devices())
 
 
@@ -140,10 +139,11 @@ class _Call(NamedTuple):
         return self.on(xla)
 
     def batched(self, leaves, dims, devices) -> list:
-        size = next(leaf.shape[d] for leaf, d in zip(leaves, dims, strict=True) if d is not None)
+        pairs = list(zip(leaves, dims, strict=True))
+        mapped = next(jnp.moveaxis(leaf, d, 0) for leaf, d in pairs if d is not None)
         moved = [
-            jnp.broadcast_to(leaf, (size, *leaf.shape)) if d is None else jnp.moveaxis(leaf, d, 0)
-            for leaf, d in zip(leaves, dims, strict=True)
+            sharding.repeated(leaf, mapped) if d is None else jnp.moveaxis(leaf, d, 0)
+            for leaf, d in pairs
         ]
         return primitive.bind(*moved, call=self._replace(mapped=self.mapped + 1), devices=devices)
 
@@ -212,8 +212,7 @@ def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
         x: array.
     """
     kernels, interpret = _kernels(config.implementation or "xla")
-    mesh = jax.typeof(x).sharding.mesh
-    if kernels is None or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if kernels is None or not sharding.is_automatic(x):
         return None
     device = _device()
     kernel = getattr(kernels, name, None)
@@ -344,7 +343,10 @@ def _unsupported(call, x):
     kernels, _ = _kernels(call.implementation)
     if kernels is None:
         return None
-    return kernels.unsupported(x.shape[call.mapped :], x.dtype, call.options.axis)
+    shape = x.shape[call.mapped :]
+    if not all(isinstance(n, int) for n in x.shape):
+        return f"takes no symbolic shape such as {shape}"
+    return kernels.unsupported(shape, x.dtype, call.options.axis)
 
 
 def _refuse_unsupported(call, x):
@@ -520,9 +522,14 @@ def _without_padding(call, local, spec, shape, reduced, leaves):
     return call._replace(tree=tree).on(xla)(*leaves)
 
 
+def _run_eagerly(*leaves, call, devices):
+    with jax.disable_jit(False):  # else this would call itself under disable_jit
+        return _jitted(*leaves, call=call, devices=devices)
+
+
 primitive = Primitive("jbn")
 primitive.multiple_results = True
-primitive.def_impl(lambda *leaves, call, devices: _jitted(*leaves, call=call, devices=devices))
+primitive.def_impl(_run_eagerly)
 primitive.def_abstract_eval(_abstract_eval)
 _jitted = jax.jit(primitive.bind, static_argnames=("call", "devices"))
 ad.primitive_jvps[primitive] = _jvp

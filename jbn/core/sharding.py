@@ -5,8 +5,11 @@ local part, and its type may say over which axes it varies.  Over an explicit ax
 array says how it is split.  Over an automatic axis only the compiler knows.
 """
 
+import contextlib
 import math
 import string
+import sys
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -19,6 +22,36 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 def varying(x: Array) -> frozenset:
     """The manual mesh axes over which x is known to differ: empty without check_vma=True."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def axis_names(axis_name: Hashable) -> tuple:
+    """The names that an argument axis_name stands for."""
+    return axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
+
+
+def axis_sizes(axis_name: Hashable) -> tuple[tuple[Hashable, int], ...]:
+    """The names that axis_name stands for, with the sizes of their axes."""
+    return tuple((name, lax.axis_size(name)) for name in axis_names(axis_name))
+
+
+def named_axes(sizes: tuple[tuple[Hashable, int], ...]) -> contextlib.AbstractContextManager:
+    """A context in which axes of these names and sizes are bound.
+
+    Where jit, scan or checkpoint stands around a vmap(axis_name=), JAX traces the derivative rule
+    of what is inside after it has left the vmap, and maps the rule afterwards.  JAX has no public
+    way to bind the name meanwhile: where its private one is gone, the rule raises NameError.
+    """
+
+    def is_bound(name):
+        try:
+            lax.axis_size(name)
+        except NameError:
+            return False
+        return True
+
+    missing = [(name, size) for name, size in sizes if not is_bound(name)]
+    bind = getattr(sys.modules.get("jax._src.core"), "extend_axis_env_nd", None)
+    return contextlib.nullcontext() if bind is None or not missing else bind(missing)
 
 
 def vary_alike(tree: Any) -> Any:
@@ -62,6 +95,27 @@ def zeros_like(x: Array) -> Array:
         zeros = jax.reshard(zeros, type_.sharding)
     names = tuple(varying(x))
     return lax.pcast(zeros, names, to="varying") if names else zeros
+
+
+def is_automatic(x: Array) -> bool:
+    """Whether only the compiler may know how x is split: no axis of its mesh says so.
+
+    An array on no mesh is taken to be on that of the context.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = (jax.sharding.get_abstract_mesh() if mesh.empty else mesh).axis_types
+    return all(kind == AxisType.Auto for kind in kinds)
+
+
+def repeated(x: Array, mapped: Array) -> Array:
+    """x along a new leading axis that is as long as the first of `mapped`, and split like it."""
+    repeats = jnp.broadcast_to(x, (mapped.shape[0], *x.shape))
+    sharding = jax.typeof(mapped).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return repeats
+    entries = padded(jax.typeof(x).sharding.spec, x.ndim)
+    spec = PartitionSpec(sharding.spec[0], *entries)
+    return jax.reshard(repeats, NamedSharding(sharding.mesh, spec))
 
 
 def padded(spec: PartitionSpec, ndim: int) -> tuple:

@@ -5,7 +5,7 @@ from collections.abc import Hashable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jbn.core.sharding import varying
+from jbn.core.sharding import axis_names, varying
 from jbn.kernels.seam import Stats, accumulator, reduced_axes, round_shift
 from jbn.types import Moments
 
@@ -147,5 +147,5 @@ def unmapped(tangent: Array, x: Array, axis_name: Hashable, axis_index_groups=No
 def _untyped(axis_name, x, value):
     """The mapped axes over which `value` is equal, as psum made it from x, though its type does not
     say so."""
-    names = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
-    return tuple(name for name in names if name not in varying(x) - varying(value))
+    typed = varying(x) - varying(value)
+    return tuple(name for name in axis_names(axis_name) if name not in typed)

@@ -209,6 +209,17 @@ def activation(value: Any) -> Any:
     return value
 
 
+def activated(value: Any, y: Array) -> Array:
+    """What an activation made of y."""
+    if getattr(value, "shape", None) != y.shape:
+        made = f"an array of shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.60}"
+        raise TypeError(
+            f"activation made {made} of y, whose shape is {y.shape}: "
+            "expected an elementwise function such as jax.nn.relu"
+        )
+    return value
+
+
 def function(value: Any, name: str, meaning: str) -> Any:
     if not callable(value):
         raise TypeError(f"{name} is {value!r:.60}, expected a function {meaning}")
@@ -313,7 +324,7 @@ def batch(
     """Enough values per feature for a variance."""
     count = nonempty(x, axis)
     if virtual_batch_size is not None:
-        count = virtual_batch(virtual_batch_size, x, axis) * count // (x.shape[0] or 1)
+        count = virtual_batch_size * count // (x.shape[0] or 1)
     if axis_name is not None:
         return
     if x.ndim == 1:
@@ -328,7 +339,9 @@ def batch(
         )
 
 
-def virtual_batch(size: int, x: Array, axis: tuple[int, ...]) -> int:
+def virtual_batch(size: int | None, x: Array, axis: tuple[int, ...]) -> int | None:
+    if size is None:
+        return None
     try:
         size = index(size)
     except TypeError:
@@ -404,7 +417,19 @@ def _named_tuple(value, expected, name, mend):
 
 
 def _is_array(value, name):
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    try:
+        is_array = jnp.dtype(value.dtype) is not None and value.shape is not None
+    except (AttributeError, TypeError):  # torch has a shape, and dtypes of its own
+        is_array = False
+    has_values = isinstance(value, Array) or any(
+        hasattr(value, protocol) for protocol in ("__array__", "__jax_array__")
+    )
+    if is_array and not has_values:  # a jax.ShapeDtypeStruct
+        raise TypeError(
+            f"{name} is a {type(value).__name__} ({value!r:.60}), which holds no values: "
+            "call jax.eval_shape to learn the types of the results"
+        )
+    if not is_array:
         raise TypeError(
             f"{name} is a {type(value).__name__} ({value!r:.60}), expected an array: "
             f"pass jnp.asarray({name})"

@@ -590,6 +590,29 @@ def test_readme_explicit():
     check_readme(case, y, state)
 
 
+@pytest.mark.parametrize("mapped", ["x", "params"])
+def test_vmap_over_an_axis_of_an_explicit_mesh(mapped):
+    """Each of four members of the mapped axis lies on a device; what is not mapped, on no mesh."""
+    case = Case(shape=(16, 6))
+    members = jnp.arange(1.0, 5)
+
+    def loss(member, x, params):
+        x, params = (x * member, params) if mapped == "x" else (x, jbn.Params(member, params.bias))
+        params = params._replace(scale=jnp.broadcast_to(params.scale, (6,)))
+        y, state = jbn.batch_norm_train(x, params, case.state)
+        return (y**3).sum() + state.var.sum()
+
+    both = jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))
+    expected = both(members, case.x, case.params)
+    with jax.set_mesh(make_mesh((4,), ("member",), AxisType.Explicit)):
+        on_mesh = jax.device_put(members, P("member"))
+        for run in (both, jax.jit(both)):
+            got = run(on_mesh, case.x, case.params)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), got, expected
+            )
+
+
 def test_readme_shard_map():
     case = Case(shape=(64, 16))
     x, params, state = case.x, case.params, case.state

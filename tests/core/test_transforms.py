@@ -275,6 +275,11 @@ ONE_AT_A_TIME = {
     ),
     "vmap of grad": lambda f: each_row(jax.grad(loss(f))),
     "remat": remat(None),
+    "grad of jit": lambda f: jax.grad(jax.jit(loss(f)))(inputs()),
+    "jvp of jit": lambda f: directional(jax.jit(f), inputs(), 1),
+    "grad of scan": lambda f: jax.grad(
+        lambda i: lax.scan(lambda total, _: (total + loss(f)(i), None), 0.0, None, length=2)[0]
+    )(inputs()),
 }
 
 
@@ -285,6 +290,7 @@ ONE_AT_A_TIME = {
 def test_one_example_at_a_time(transform, variant):
     """vmap with an axis name, as many write their networks: x of rank 1, statistics over the
     mapped axis."""
+    jax.clear_caches()  # a rule traced while the name was bound would hide that it no longer is
     activation, _, kind = VARIANTS[variant]
 
     def one(x, residual, weights, params):
