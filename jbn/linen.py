@@ -172,7 +172,8 @@ def replacing(
     Args:
         by_path: options of some norms only, over the others: patterns of paths, as of
             fnmatch, such as {"head/*": {"unbiased": True}, "stem/BatchNorm_0": None}. Later
-            patterns go before earlier ones; None leaves a norm to flax.
+            patterns go before earlier ones; None leaves a norm to flax. A pattern that no norm's
+            path matches does nothing: which norms there are shows only in their calls.
         options: of jbn's BatchNorm, in place of the layer's own: momentum, epsilon, dtype,
             axis_name, axis_index_groups, activation, virtual_batch_size, unbiased, skip_nonfinite,
             update_stats, implementation.

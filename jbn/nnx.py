@@ -288,8 +288,9 @@ def replace(
 
     Raises:
         TypeError, ValueError: an option that does not exist, or that would change variables; a
-            pattern that is no norm's. Nothing has been changed then.
+            pattern that is no norm's; a model without nnx modules. Nothing has been changed then.
     """
+    _expect_modules(model)
     choice = switch.switch(options, by_path)
     norms = _norms(model)
     choice.check_patterns(norms)
@@ -314,7 +315,11 @@ def restore(model: Model) -> Model:
 
     Returns:
         model: with flax's layers, their options as they were, the Variables as training left them.
+
+    Raises:
+        TypeError: a model without nnx modules.
     """
+    _expect_modules(model)
     for norm in _norms(model).values():
         if hasattr(norm, "replaced"):
             for key, value in norm.replaced:
@@ -359,6 +364,15 @@ def fuse(function: Callable) -> Callable:
         return out
 
     return fused
+
+
+def _expect_modules(model):
+    """A module, or a list or dict with modules in it."""
+    if next(iter(nnx.iter_modules(model)), None) is None:
+        raise TypeError(
+            f"model is a {type(model).__name__} ({model!r:.60}) without nnx modules, expected a "
+            "flax.nnx.Module, or a list or dict of them: for linen there is jbn.linen.replacing"
+        )
 
 
 def _norms(model: Any) -> dict[Any, Any]:

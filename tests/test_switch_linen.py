@@ -357,6 +357,16 @@ def test_subclasses_are_left_alone_and_reported_once():
         ({"implementation": "cudnn"}, ValueError, "cudnn"),
         ({"activation": "relu"}, TypeError, "relu"),
         ({"momentum": jnp.float32(0.9)}, TypeError, "momentum is Array.*hashable"),
+        (
+            {"by_path": {"*": 0.9}},
+            TypeError,
+            r"by_path\['\*'\] is a float \(0\.9\), expected a dict",
+        ),
+        ({"by_path": {"*": "momentum"}}, TypeError, r"by_path\['\*'\] is a str .*expected a dict"),
+        ({"by_path": {("0",): {}}}, TypeError, r"pattern \('0',\), expected a string with /"),
+        ({"by_path": [("*", {})]}, TypeError, "by_path is a list .*expected a dict of options"),
+        ({"by_path": ()}, TypeError, "by_path is a tuple"),
+        ({"by_path": {"*": {3: 0.9}}}, TypeError, "options 3 cannot be given"),
     ],
 )
 def test_options_that_cannot_be_given(options, error, message):

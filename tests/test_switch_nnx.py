@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jbn.nnx
 
@@ -262,6 +262,7 @@ def test_subclasses_are_left_alone_and_reported():
         ({"param_dtype": jnp.bfloat16}, TypeError, "param_dtype cannot"),
         ({"num_features": 3}, TypeError, "num_features cannot"),
         ({"implementation": "cudnn"}, ValueError, "cudnn"),
+        ({"by_path": {"*": 0.9}}, TypeError, r"by_path\['\*'\] is a float"),
         ({"by_path": {"nowhere/*": {}}}, ValueError, "nowhere.*expected one that matches.*listed"),
     ],
 )
@@ -270,3 +271,13 @@ def test_nothing_is_changed_by_a_call_that_raises(options, error, message):
     with pytest.raises(error, match=message):
         jbn.nnx.replace(model, **options)
     assert all(type(layer) is nnx.BatchNorm for layer in model.norms())
+
+
+def test_what_holds_no_nnx_modules_is_refused():
+    linen_norm = linen.BatchNorm()
+    for model in (linen_norm, [linen_norm], 3, None, nnx.state(norm())):
+        for function in (jbn.nnx.replace, jbn.nnx.restore):
+            with pytest.raises(TypeError, match=r"(?s)without nnx modules.*jbn\.linen\.replacing"):
+                function(model)
+    without_norms = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    assert jbn.nnx.replace(without_norms) is without_norms

@@ -17,7 +17,8 @@ _BATCH_NORMS = {
     ("equinox", "BatchNorm"): "equinox",
     ("keras", "BatchNormalization"): "keras",
 }
-# Torch's modules that `jbn.convert.from_torch_model` knows; a lazy or quantized class is none.
+# Torch's modules that `jbn.convert.from_torch_model` knows. Classes of the same names in torch.ao,
+# which are quantized, are none of them.
 _TORCH_KINDS = {
     "_BatchNorm": "batch norm",
     "_ConvTransposeNd": "transposed convolution",
@@ -65,10 +66,16 @@ def library(layer: Any, expected: str | None = None) -> str:
 
 def torch_kind(module: Any) -> str | None:
     """What a torch module is, or None."""
-    for cls in type(module).__mro__:
-        if cls.__module__.partition(".")[0] == "torch" and cls.__name__ in _TORCH_KINDS:
-            return _TORCH_KINDS[cls.__name__]
-    return None
+    return next((_TORCH_KINDS[n] for n in _torch_names(module) if n in _TORCH_KINDS), None)
+
+
+def reads_images(module: Any) -> bool:
+    """Whether a torch module is a batch norm that refuses all but images or volumes."""
+    return not {"BatchNorm2d", "BatchNorm3d"}.isdisjoint(_torch_names(module))
+
+
+def _torch_names(module):
+    return [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")]
 
 
 def activation(module: Any) -> Callable | None:

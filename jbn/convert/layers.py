@@ -29,6 +29,10 @@ from jbn.convert import kinds
 from jbn.core import validate
 from jbn.types import Params, State
 
+# Of a torch batch norm.
+BATCH_NORM_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+_MOST = np.iinfo(np.int32).max
 _EXTRA = {"torch": "install torch", "equinox": "pip install 'jbn[peers]'"}
 
 
@@ -42,9 +46,11 @@ def options(layer: Any) -> dict[str, Any]:
             the `momentum` found here through `debiased_momentum`.
 
     Returns:
-        axis, momentum, eps, unbiased; and activation, virtual_batch_size and skip_nonfinite of a
-        layer that has them. Drop momentum, unbiased and the last two for `jbn.batch_norm_eval`.
-        With r_max and d_max of a BatchRenorm they are the arguments of `jbn.batch_renorm_train`.
+        axis, momentum, eps, unbiased; and activation, virtual_batch_size, skip_nonfinite, axis_name
+        and axis_index_groups of a layer that has them. For `jbn.batch_norm_eval` keep axis, eps and
+        activation alone. The mapped axis of an equinox layer is axis 0 of x here, and a
+        SyncBatchNorm has none: give axis_name yourself where the batch is spread over devices. With
+        r_max and d_max of a BatchRenorm they are the arguments of `jbn.batch_renorm_train`.
 
     Raises:
         TypeError: no batch norm of these libraries, or an activation that is not known.
@@ -65,7 +71,18 @@ def options(layer: Any) -> dict[str, Any]:
     if library == "flax":
         extra = ("activation", "virtual_batch_size", "skip_nonfinite")
         found |= {name: getattr(layer, name) for name in extra if getattr(layer, name, None)}
+        found |= _mapped(layer.axis_name, layer.axis_index_groups)
+    elif library == "haiku":
+        found |= _mapped(layer.cross_replica_axis, layer.cross_replica_axis_index_groups)
     return found | _limits(layer) if hasattr(layer, "r_max") else found
+
+
+def _mapped(axis_name, groups):
+    """The arguments that say over which devices a layer takes its statistics."""
+    if axis_name is None:  # flax ignores the groups then
+        return {}
+    name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    return {"axis_name": name, **({} if groups is None else {"axis_index_groups": groups})}
 
 
 def _limits(layer):
@@ -141,7 +158,7 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[Params, State]:
     validate.mapping(state_dict, "state_dict", "that of a torch module, or the module itself")
     found = {
         name: to_array(state_dict[prefix + name])
-        for name in _TORCH_NAMES
+        for name in BATCH_NORM_NAMES
         if prefix + name in state_dict
     }
     if "running_mean" not in found or "running_var" not in found:
@@ -151,7 +168,8 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[Params, State]:
             f"state_dict has no {prefix}running_mean and running_var, expected those of a batch "
             f"norm; it has {list(state_dict)[:8]}"
         )
-    _one_shape({name: found.get(name) for name in _TORCH_NAMES[:4]}, f"the batch norm {prefix!r}")
+    vectors = {name: found.get(name) for name in BATCH_NORM_NAMES[:4]}
+    _one_shape(vectors, f"the batch norm {prefix!r}")
     count = found.get("num_batches_tracked", jnp.zeros((), jnp.int32))
     state = State(found["running_mean"], found["running_var"], count.astype(jnp.int32))
     return Params(found.get("weight"), found.get("bias")), state
@@ -161,9 +179,6 @@ def _one_shape(vectors, what):
     shapes = {name: value.shape for name, value in vectors.items() if value is not None}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{what} has shapes {shapes}, expected one for all")
-
-
-_TORCH_NAMES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def to_torch(params: Params, state: State, prefix: str = "") -> dict[str, Any]:
@@ -180,7 +195,7 @@ def to_torch(params: Params, state: State, prefix: str = "") -> dict[str, Any]:
         ValueError: several feature axes.  ImportError: torch is missing.
     """
     torch = _import("torch")
-    _one_axis(state, "PyTorch")
+    _one_axis(params, state, "PyTorch")
     values = (*params, state.mean, state.var)
 
     def tensor(value):
@@ -190,9 +205,8 @@ def to_torch(params: Params, state: State, prefix: str = "") -> dict[str, Any]:
             return torch.from_numpy(np.array(value, np.float32)).to(torch.bfloat16)
         return torch.from_numpy(np.array(value))
 
-    named = {
-        prefix + n: tensor(v) for n, v in zip(_TORCH_NAMES, values, strict=False) if v is not None
-    }
+    vectors = zip(BATCH_NORM_NAMES, values, strict=False)
+    named = {prefix + name: tensor(value) for name, value in vectors if value is not None}
     return {**named, prefix + "num_batches_tracked": torch.tensor(int(state.count))}
 
 
@@ -213,6 +227,7 @@ def from_linen(variables: Mapping[str, Any], *, count: int = 0) -> tuple[Params,
 
 def to_linen(params: Params, state: State) -> dict[str, dict[str, Array]]:
     """The variables of a linen BatchNorm; the count is lost."""
+    _check(params, state)
     learned = {name: value for name, value in params._asdict().items() if value is not None}
     return {
         **({"params": learned} if learned else {}),
@@ -244,6 +259,8 @@ def _batches(count):
     validate.scalar(count, "count")
     if count != int(count) or count < 0:
         raise ValueError(f"count is {count}, expected an int of at least 0: the batches seen")
+    if count > _MOST:
+        raise ValueError(f"count is {count}, expected at most {_MOST}, which int32 holds")
     return jnp.int32(count)
 
 
@@ -297,7 +314,7 @@ def to_haiku(
         axis: its feature axis.
         momentum: its decay_rate.
     """
-    _one_axis(state, "Haiku")
+    _one_axis(params, state, "Haiku")
     validate.update(momentum)
     shape = [1] * ndim
     shape[validate.axis(axis, ndim)[0]] = state.mean.size
@@ -359,7 +376,7 @@ def to_equinox(params: Params, state: State, layer: Any, equinox_state: Any) -> 
         ImportError: equinox is missing.
     """
     equinox = _import("equinox")
-    _one_axis(state, "Equinox")
+    _one_axis(params, state, "Equinox")
     kinds.library(layer, "equinox")
     for name, given, held in (
         ("scale", params.scale, layer.weight),
@@ -409,7 +426,7 @@ def to_keras(params: Params, state: State) -> list[np.ndarray]:
 
     In its order: gamma, beta, moving mean, moving variance.
     """
-    _one_axis(state, "Keras")
+    _one_axis(params, state, "Keras")
     return [np.asarray(value) for value in (*params, state.mean, state.var) if value is not None]
 
 
@@ -428,6 +445,11 @@ def to_array(value: Any) -> Array:
     value = np.asarray(value)
     if value.dtype.kind in "OSU":
         raise TypeError(f"{value!r:.60} is no array of numbers, expected a tensor or an array")
+    if value.dtype == np.int64 and np.any(value != value.astype(np.int32)):
+        raise ValueError(
+            f"an array of dtype int64 holds {value.max()}, expected at most {_MOST}, which int32 "
+            "holds: lower it first, also if it is a num_batches_tracked"
+        )
     array = jnp.asarray(value.astype(np.int32) if value.dtype == np.int64 else value)
     if array.dtype != value.dtype and value.dtype != np.int64:
         raise ValueError(
@@ -437,7 +459,17 @@ def to_array(value: Any) -> Array:
     return array
 
 
-def _one_axis(state, library):
+def _check(params, state):
+    for value, name, expected in ((params, "params", Params), (state, "state", State)):
+        if not isinstance(value, expected):
+            raise TypeError(
+                f"{name} is a {type(value).__name__} ({value!r:.60}), expected jbn."
+                f"{expected.__name__}: such as jbn.init(features) and the from_ functions give"
+            )
+
+
+def _one_axis(params, state, library):
+    _check(params, state)
     validate.state(state, "state", prefix="state.")
     if state.mean.ndim != 1:
         raise ValueError(

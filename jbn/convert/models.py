@@ -1,15 +1,16 @@
 """Whole models of torch: the variables of a linen model, and which of the norms can be folded."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jbn.convert import kinds
-from jbn.convert.layers import from_torch, to_array, to_linen
+from jbn.convert import flattened as flat
+from jbn.convert import torch_layers
+from jbn.convert.layers import from_torch, to_linen
 from jbn.core import validate
 from jbn.fold.pairs import Pair
 
@@ -24,6 +25,7 @@ _FOLLOWS = (
     ("#", "#", 1),  # torchvision: a Sequential of convolution, norm and activation
     ("conv", "bn", None),  # timm's regnets
 )
+_OF_PATH = "from a torch prefix to a linen path"
 
 
 def resnet_path(prefix: str) -> Path:
@@ -69,57 +71,47 @@ def from_torch_model(
 
     Args:
         state_dict: the model, whose layers are taken for what they are. Or its state_dict, in which
-            a transposed convolution looks like a convolution (and has the kernel given above), and
-            a matrix without bias may be a dense layer or an embedding, which is an error.
+            a transposed convolution looks like a convolution (and has the kernel given above), a
+            matrix without bias may be a dense layer or an embedding, which is an error.
         path: linen path of a torch module from its prefix, such as "layer1.0.conv1".
-        flattened: the shape (channels, height, width) that a Flatten before a dense layer reads,
-            by the dense layer's prefix. Torch flattens channels first, linen last, so the rows of
-            the kernel change places. None for a dense layer that reads no such thing.
+        flattened: the shape (channels, height, width) that a layer reads flattened, or whole, by
+            the prefix of each such layer: a dense layer or a norm behind a Flatten, or a norm over
+            several axes. Torch has the channels first, linen last, so the rows of the kernel, or
+            the values of scale, bias, mean and var, change places. None for a layer that reads no
+            such thing.
 
     Returns:
         {"params": ..., "batch_stats": ...}, nested by `path`.
 
     Raises:
         ValueError: a module that is none of these, two modules with one path, sizes that do not fit
-            each other, or a dense layer that seems to read a flattened image.
+            each other, or a layer that seems to read a flattened image, which `flattened` settles.
         TypeError: a layer of the model that is none of these.
     """
-    layers = _of_model(state_dict) if hasattr(state_dict, "named_modules") else _of(state_dict)
-    if not layers:
-        raise ValueError(f"state_dict is empty ({state_dict!r:.60}), expected that of a model")
-    validate.function(path, "path", "from a torch prefix to a linen path")
-    if flattened is not None:
-        validate.mapping(flattened, "flattened", "a dict from a dense layer's prefix to a shape")
-    paths = {prefix: path(prefix) for prefix in layers}
+    validate.function(path, "path", _OF_PATH)
+    layers = torch_layers.read(state_dict)
+    paths = {prefix: _checked_path(path, prefix) for prefix in layers}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two modules have one path, expected each its own: {paths}")
-    flattened = dict(flattened or {})
-    if unknown := sorted(
-        set(flattened) - {p for p, (kind, _) in layers.items() if "dense" in kind}
-    ):
-        raise ValueError(f"flattened names {unknown}, expected dense layers of {list(layers)}")
+    flattened = flat.checked(flattened, layers)
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    channels = None  # of the last convolution or batch norm
-    for prefix, (kind, tensors) in layers.items():
-        if kind == "dense layer":
-            shape = _flattened(prefix, tensors["weight"].shape[1], channels, flattened)
-            converted, channels = _dense(prefix, tensors, shape), None
-        else:
-            converted = _converted(prefix, kind, tensors)
-            if kind == "batch norm":  # a densenet's last one reads many convolutions
-                channels = tensors["running_mean"].shape[0]
-            elif "convolution" in kind:
-                channels = tensors["weight"].shape[0 if kind == "convolution" else 1]
-        for collection, values in converted.items():
-            tree = variables[collection]
-            for key in paths[prefix]:
-                tree = tree.setdefault(key, {})
-            tree.update(values)
+    channels = None  # of the image that the next layer may read flattened
+    concatenates = False  # whether some norm has read the channels of several convolutions
+    following = [*layers.values(), None][1:]
+    for (prefix, layer), after in zip(layers.items(), following, strict=True):
+        shape = None
+        if flat.may_read(layer):
+            image = flat.reads_image(layer, after) or (concatenates and layer.kind == "batch norm")
+            concatenates |= image and channels not in (None, *flat.features(layer))
+            shape = flat.shape_read(prefix, layer, None if image else channels, flattened)
+        for collection, values in _converted(prefix, layer, shape).items():
+            _put(variables[collection], paths[prefix], values)
+        channels = flat.channels_of(layer, shape, channels)
     return variables
 
 
 def torch_pairs(
-    state_dict: Mapping[str, Any], path: Callable[[str], Path] = resnet_path, *, eps: float = 1e-5
+    state_dict: Any, path: Callable[[str], Path] = resnet_path, *, eps: float | None = None
 ) -> tuple[Pair, ...]:
     """The batch norms of a torch model that can be folded, by the names of its layers.
 
@@ -129,23 +121,28 @@ def torch_pairs(
     may use these names for something else: certify the result, or use `jbn.fold.find_pairs`.
 
     Args:
-        state_dict: of the model.
+        state_dict: of the model, or the model itself.
         path: as in `from_torch_model`.
-        eps: of all its batch norms, as a state_dict does not hold it.
+        eps: of all its batch norms. None for that of each norm of the model, and for torch's 1e-5
+            with a state_dict, which does not hold it.
 
     Returns:
         Pairs for `jbn.fold.fold_variables`, with the variables that `from_torch_model` makes.
     """
-    layers, pairs = _of(state_dict), []
-    prefixes = list(layers)
-    for layer, norm in itertools.pairwise(prefixes):
-        (kind, tensors), (norm_kind, norm_tensors) = layers[layer], layers[norm]
-        (parent, _, name), (norm_parent, _, norm_name) = layer.rpartition("."), norm.rpartition(".")
-        fits = kind == "convolution" and norm_kind == "batch norm" and parent == norm_parent
+    validate.function(path, "path", _OF_PATH)
+    pairs = []
+    for (prefix, layer), (norm_prefix, norm) in itertools.pairwise(
+        torch_layers.read(state_dict).items()
+    ):
+        parent, _, name = prefix.rpartition(".")
+        norm_parent, _, norm_name = norm_prefix.rpartition(".")
+        fits = layer.kind == "convolution" and norm.kind == "batch norm" and parent == norm_parent
         if not fits or not _follows(name, norm_name):
             continue
-        if tensors["weight"].shape[:1] == norm_tensors["running_mean"].shape:
-            pairs.append(Pair(path(layer), path(norm), -1, eps))
+        if layer.tensors["weight"].shape[:1] == norm.tensors["running_mean"].shape:
+            own = 1e-5 if norm.eps is None else norm.eps
+            paths = _checked_path(path, prefix), _checked_path(path, norm_prefix)
+            pairs.append(Pair(*paths, -1, own if eps is None else eps))
     return tuple(pairs)
 
 
@@ -158,68 +155,34 @@ def _follows(name, norm_name):
     )
 
 
-def _of_model(model):
-    """Prefix -> (kind, arrays by name), in the order of the modules of a torch model."""
-    layers = {}
-    for prefix, module in model.named_modules():
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        own |= {name for name, _ in module.named_buffers(recurse=False)}
-        kind = kinds.torch_kind(module)
-        if not own and kind is None:
-            continue
-        state = {n: v for n, v in module.state_dict().items() if n in own}
-        if kind == "batch norm" and "running_mean" not in own:
-            from_torch(module)  # raises
-        if kind is None and state:
-            raise TypeError(
-                f"{prefix!r} is a {type(module).__module__}.{type(module).__name__} that holds "
-                f"{sorted(state)}, expected a convolution, a dense layer, an embedding or a norm: "
-                "convert it yourself"
-            )
-        if kind == "transposed convolution" and module.groups != 1:
-            raise ValueError(
-                f"{prefix!r} has groups={module.groups}, expected 1: Flax's ConvTranspose has none"
-            )
-        if state:
-            layers[prefix] = kind, {name: to_array(value) for name, value in state.items()}
-    return layers
-
-
-def _of(state_dict):
-    """As `_of_model`, with the kinds told by the names and ranks in a state_dict."""
-    validate.mapping(state_dict, "state_dict", "that of a torch model, or the model itself")
-    layers: dict[str, Any] = {}
-    for key, value in state_dict.items():
-        prefix, _, name = key.rpartition(".")
-        layers.setdefault(prefix, {})[name] = to_array(value)
-    return {prefix: (_kind(prefix, tensors), tensors) for prefix, tensors in layers.items()}
-
-
-def _kind(prefix, tensors):
-    names = set(tensors)
-    if "running_mean" in names:
-        return "batch norm"
-    rank = tensors["weight"].ndim if "weight" in names else 0
-    if names <= {"weight", "bias"} and rank > 2:
-        out, made = tensors["weight"].shape[:2]  # of a convolution; the other way if transposed
-        transposed = "bias" in names and tensors["bias"].shape == (made,) != (out,)
-        return "transposed convolution" if transposed else "convolution"
-    if names == {"weight", "bias"} and rank == 2:
-        return "dense layer"
-    if names == {"weight"} and rank == 2:
-        raise ValueError(
-            f"{prefix!r} holds a matrix without bias, which may be a dense layer or an embedding: "
-            "pass the model itself in place of its state_dict"
+def _checked_path(path, prefix):
+    found = path(prefix)
+    if not isinstance(found, tuple) or not all(isinstance(key, Hashable) for key in found):
+        raise TypeError(
+            f"path({prefix!r}) is {found!r:.60}, expected a tuple of names, such as "
+            '("layer1_0", "conv1")'
         )
-    raise ValueError(
-        f"{prefix!r} holds {sorted(names)}, expected a convolution, a dense layer or a batch norm "
-        "with running statistics; with the model itself in place of its state_dict, embeddings and "
-        "other norms convert too"
-    )
+    return found
 
 
-def _converted(prefix, kind, tensors):
-    """The variables of one module that is no dense layer, by collection."""
+def _put(tree, path, values):
+    """Put the arrays of one module into the tree, at its path."""
+    for key in path:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"the path {path} leads through {key!r}, an array of another module")
+    if taken := sorted(set(tree) & set(values)):
+        raise ValueError(f"the path {path} has {taken}, which are another module's there, too")
+    tree.update(values)
+
+
+def _converted(prefix, layer, shape):
+    """The variables of one module, by collection; `shape` as `flat.shape_read` gives it."""
+    kind, tensors = layer.kind, layer.tensors
+    if kind == "dense layer":
+        return _dense(prefix, tensors, shape)
+    if shape is not None:  # a norm
+        tensors = {n: flat.channels_last(v, shape) if v.ndim else v for n, v in tensors.items()}
     if kind == "batch norm":
         named = {f"{prefix}.{name}": value for name, value in tensors.items()}
         return to_linen(*from_torch(named, f"{prefix}."))
@@ -238,7 +201,7 @@ def _dense(prefix, tensors, shape):
     bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
     _check_bias(prefix, bias, kernel.shape[1])
     if shape is not None:
-        kernel = jnp.moveaxis(kernel.reshape(*shape, -1), 0, -2).reshape(kernel.shape)
+        kernel = jax.vmap(lambda column: flat.channels_last(column, shape), 1, 1)(kernel)
     return {"params": {"kernel": kernel, **bias}}
 
 
@@ -248,22 +211,3 @@ def _check_bias(prefix, bias, made):
             f"{prefix!r} has a bias of shape {bias['bias'].shape}, expected ({made},): one value "
             "for each feature that its weight makes"
         )
-
-
-def _flattened(prefix, read, channels, flattened):
-    """The shape (channels, ...) of the image that a dense layer reads flattened, or None."""
-    if prefix in flattened:
-        shape = flattened[prefix]
-        if shape is not None and math.prod(shape) != read:
-            raise ValueError(
-                f"flattened[{prefix!r}] is {shape}, {math.prod(shape)} values, expected the {read} "
-                "that the dense layer reads"
-            )
-        return shape
-    if channels and read > channels and read % channels == 0:
-        raise ValueError(
-            f"{prefix!r} reads {read} features, the layer before makes {channels} channels: "
-            f"if a Flatten stands between, pass its shape, flattened={{{prefix!r}: ({channels}, "
-            f"height, width)}}, and if not, flattened={{{prefix!r}: None}}"
-        )
-    return None

@@ -9,6 +9,7 @@ import numpy as np
 from jbn.core import validate
 
 _OWN = {"mean", "var", "r_max", "d_max", "steps"}  # of sbx's layer in batch_stats
+_COUNTING = {"mean", "var", "steps"}  # of jbn's layer, if it counts
 
 
 def from_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5) -> dict[str, Any]:
@@ -34,9 +35,14 @@ def from_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5
         The same tree, with steps int32 and without the limits.
 
     Raises:
-        ValueError: a layer has other limits.
+        ValueError: a layer has other limits, or there is no layer of sbx's.
     """
     validate.mapping(variables, "variables", "those of a model of sbx")
+    if not _holds(variables, _OWN):
+        raise ValueError(
+            f"variables hold {list(variables)} and no layer of {sorted(_OWN)}, expected those of a "
+            "model with sbx's BatchRenorm, batch_stats included"
+        )
     return _mapped(variables, _OWN, lambda layer, path: _without_limits(layer, path, r_max, d_max))
 
 
@@ -46,15 +52,31 @@ def to_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5) 
     Args:
         variables: {"params": ..., "batch_stats": ...} of a whole model or of one layer.
         r_max, d_max: the limits to store.
+
+    Raises:
+        ValueError: no layer counts its steps.
     """
     validate.mapping(variables, "variables", "those of a model with jbn's BatchRenorm")
+    if not _holds(variables, _COUNTING):
+        raise ValueError(
+            f"variables hold {list(variables)} and no layer of {sorted(_COUNTING)}, expected those "
+            "of a model with jbn.linen.BatchRenorm, which has steps in batch_stats with "
+            "warmup_steps only, such as sbx's 100_000"
+        )
     limits = {"r_max": r_max, "d_max": d_max}
 
     def with_limits(layer, path):
         steps = jnp.asarray(layer["steps"])
         return {**layer, **{key: jnp.full(steps.shape, value) for key, value in limits.items()}}
 
-    return _mapped(variables, {"mean", "var", "steps"}, with_limits)
+    return _mapped(variables, _COUNTING, with_limits)
+
+
+def _holds(tree, names):
+    """Whether a mapping somewhere in the tree has exactly `names`."""
+    if not isinstance(tree, Mapping):
+        return False
+    return set(tree) == names or any(_holds(value, names) for value in tree.values())
 
 
 def _mapped(tree, names, change, path=()):

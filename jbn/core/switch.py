@@ -78,20 +78,29 @@ def switch(
 
     Raises:
         TypeError: an option that norms do not have or that a switch cannot change; a value that is
-            not hashable.
+            not hashable; a by_path that is no dict of dicts.
         ValueError: an implementation that does not exist.
     """
-    return Switch(
-        _checked(options),
-        tuple(
-            (pattern, None if own is None else _checked(own))
-            for pattern, own in (by_path or {}).items()
-        ),
-    )
+    own = {} if by_path is None else by_path
+    validate.mapping(own, "by_path", 'a dict of options by pattern, such as {"head/*": {...}}')
+    return Switch(_checked(options), tuple(map(_of_pattern, own.items())))
+
+
+def _of_pattern(item):
+    pattern, own = item
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"by_path has the pattern {pattern!r}, expected a string with / between the names of a "
+            'path, such as "head/*"'
+        )
+    if own is None:
+        return pattern, None
+    expected = 'a dict of options, such as {"momentum": 0.9}, or None'
+    return pattern, _checked(validate.mapping(own, f"by_path[{pattern!r}]", expected))
 
 
 def _checked(options):
-    if unknown := sorted(set(options) - set(ALLOWED)):
+    if unknown := sorted(map(str, set(options) - set(ALLOWED))):
         raise TypeError(
             f"options {', '.join(unknown)} cannot be given to the norms of a model that exists, "
             f"expected {', '.join(ALLOWED)}: its variables and its calls stay as they are"

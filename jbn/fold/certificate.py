@@ -52,7 +52,7 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
         )
     error, largest, tried = 0.0, 0.0, 0
     for x in inputs:
-        expected, found = (_widest(np.asarray(f(x))) for f in (reference, candidate))
+        expected, found = (_widest(f(x)) for f in (reference, candidate))
         if expected.shape != found.shape:
             raise ValueError(
                 f"outputs of shape {expected.shape} and {found.shape}, expected the same"
@@ -69,9 +69,14 @@ def certify(reference: Callable, candidate: Callable, inputs: Iterable[Any]) -> 
 
 
 def _widest(output):
-    """float64, or complex128 for complex numbers."""
-    if output.dtype.kind in "OSU":
+    """As float64, or complex128 for complex numbers."""
+    try:
+        array = np.asarray(output)
+    except ValueError:  # arrays of several shapes, of which NumPy makes no array
+        array = None
+    if array is None or array.dtype.kind in "OSU":
         raise TypeError(
-            f"a function returned {output!r:.60}, expected one array: choose one of the outputs"
+            f"a function returned a {type(output).__name__}, expected one array: choose one of "
+            "the outputs, such as lambda x: f(x)[0]"
         )
-    return output.astype(np.complex128 if np.iscomplexobj(output) else np.float64)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import meta
 from jax import Array, lax
 from jax.core import Tracer
 
 from jbn.core import flax_common, validate
-from jbn.fold.pairs import Pair
+from jbn.fold.pairs import Pair, is_inside, is_linen
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
 
@@ -119,11 +120,12 @@ def fold_next(
 
     Raises:
         ValueError: the layer reads zeros that the norm did not make, the kernel does not read these
-            features, or what `fold_previous` raises.
+            features, in_axis or out_axis names several axes, or what `fold_previous` raises.
         TypeError: as `fold_previous`, or a padding of another kind.
     """
     _check(kernel, bias, params, state, eps)
-    (read_axis,), (made_axis,) = (validate.axis(a, kernel.ndim) for a in (in_axis, out_axis))
+    read_axis = _one_axis(in_axis, "in_axis", kernel)
+    made_axis = _one_axis(out_axis, "out_axis", kernel)
     if read_axis == made_axis:
         raise ValueError(f"{in_axis=} and {out_axis=} are the same axis of kernel {kernel.shape}")
     moved = jnp.moveaxis(kernel, (read_axis, made_axis), (-2, -1))  # [..., in / groups, out]
@@ -184,6 +186,16 @@ def kernel_axes(
     return (out, read) if transpose_kernel else (read, out)
 
 
+def _one_axis(axis, name, kernel) -> int:
+    one, *others = validate.axis(axis, kernel.ndim)
+    if others:
+        raise ValueError(
+            f"{name} is {axis}, expected one axis of kernel {kernel.shape}: reshape a kernel of "
+            "several so that it has one"
+        )
+    return one
+
+
 def _check(kernel, bias, params, state, eps):
     """What both directions ask of their arguments."""
     for value, expected in ((params, Params), (state, State)):
@@ -199,7 +211,9 @@ def _check(kernel, bias, params, state, eps):
             continue
         if not hasattr(array, "shape") or not jnp.issubdtype(array.dtype, jnp.inexact):
             kind = getattr(array, "dtype", type(array).__name__)
-            raise TypeError(f"{name} is of {kind}, expected a floating or complex array")
+            boxed = isinstance(array, meta.AxisMetadata)
+            mend = ": unbox the variables, flax.linen.unbox(variables)" if boxed else ""
+            raise TypeError(f"{name} is of {kind}, expected a floating or complex array{mend}")
         if name not in ("kernel", "bias") and array.shape != state.mean.shape:
             raise ValueError(
                 f"{name} has shape {array.shape}, expected that of mean, {state.mean.shape}"
@@ -282,21 +296,24 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
         `FoldedNorm` and use_bias=True. Everything else is untouched.
 
     Raises:
-        ValueError: a path that is not there or holds something else, a layer or norm named twice,
-            or shapes that do not fit.
-        TypeError: pairs that are no `Pair`, or variables that are no mapping.
+        ValueError: a path that is not there or holds something else, a layer or norm named twice, a
+            layer inside its norm, or shapes that do not fit.
+        TypeError: pairs that are no `Pair`, variables that are no mapping, or boxed arrays
+            (`flax.linen.unbox` takes them out).
 
     Certify the result: `certify(before, after, inputs)`.
     """
     validate.mapping(variables, "variables", "linen's variables or the pure dict of an nnx model")
     pairs = _pairs(pairs)
-    for named in ("layer", "norm"):
-        paths = [getattr(pair, named) for pair in pairs]
-        if len(set(paths)) < len(paths):
-            raise ValueError(f"a {named} occurs in two pairs, expected each once: {paths}")
-    linen = "batch_stats" in variables
-    learned = dict(variables["params"] if linen else variables)
-    remembered = dict(variables["batch_stats"] if linen else variables)
+    if not is_linen(variables):
+        return _folded(dict(variables), dict(variables), pairs)[0]
+    learned, remembered = _folded(variables["params"], variables["batch_stats"], pairs)
+    folded = {**variables, "params": learned, "batch_stats": remembered}
+    return {name: tree for name, tree in folded.items() if tree or name != "batch_stats"}
+
+
+def _folded(learned, remembered, pairs) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both trees with each pair folded; they may be the same."""
     for pair in pairs:
         norm, moments, layer = (
             _at(learned, pair.norm, {}),
@@ -312,10 +329,7 @@ def fold_variables(variables: Mapping[str, Any], pairs: Sequence[Pair]) -> dict[
         )
         learned = _with(learned, pair.layer, {**layer, "kernel": kernel, "bias": bias})
         learned, remembered = _with(learned, pair.norm, None), _with(remembered, pair.norm, None)
-    if not linen:
-        return learned
-    folded = {**variables, "params": learned, "batch_stats": remembered}
-    return {name: tree for name, tree in folded.items() if tree or name != "batch_stats"}
+    return learned, remembered
 
 
 def _pairs(pairs) -> tuple[Pair, ...]:
@@ -333,6 +347,15 @@ def _pairs(pairs) -> tuple[Pair, ...]:
                     f"a pair names {path!r:.60}, expected a tuple of keys, such as "
                     '("Block_0", "Conv_0")'
                 )
+        if is_inside(pair.layer, pair.norm):
+            raise ValueError(
+                f"layer {_text(pair.layer)} lies in norm {_text(pair.norm)}, expected one "
+                "outside it: the fold removes the norm with all that it holds"
+            )
+    for named in ("layer", "norm"):
+        paths = [getattr(pair, named) for pair in listed]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"a {named} occurs in two pairs, expected each once: {paths}")
     return listed
 
 
@@ -340,8 +363,7 @@ def _expect(path, held, names, what):
     missing = [name for name in names if name not in held]
     if missing:
         raise ValueError(
-            f"{'/'.join(map(str, path))} holds {sorted(map(str, held))}, expected "
-            f"{' and '.join(names)}: {what}"
+            f"{_text(path)} holds {sorted(map(str, held))}, expected {' and '.join(names)}: {what}"
         )
 
 
@@ -378,8 +400,9 @@ def fold_nnx(model: nnx.Module, pairs: Sequence[Pair]) -> nnx.Module:
     modules: dict[Any, Any] = dict(nnx.iter_modules(model))
     for path in (path for pair in pairs for path in (pair.layer, pair.norm)):
         if path not in modules:
-            raise ValueError(f"no module {'/'.join(map(str, path))} in the model: {list(modules)}")
-    folded = fold_variables(nnx.to_pure_dict(nnx.state(model)), pairs)
+            raise ValueError(f"no module {_text(path)} in the model: {list(modules)}")
+    values = nnx.to_pure_dict(nnx.state(model))
+    folded, _ = _folded(values, values, pairs)
     for pair in pairs:
         layer, norm, values = modules[pair.layer], modules[pair.norm], _at(folded, pair.layer)
         layer.kernel.set_value(values["kernel"])
@@ -414,23 +437,35 @@ def _cast(value, kernel):
 
 
 def _at(tree, path, default=None):
-    for key in path:
+    """The dict of values at a path."""
+    for depth, key in enumerate(path):
         if key not in tree:
             if default is not None:
                 return default
             raise ValueError(
-                f"no {'/'.join(map(str, path))} in the variables, only "
-                f"{sorted(map(str, tree))} where {key!r} was expected"
+                f"no {_text(path)} in the variables, only {sorted(map(str, tree))} where {key!r} "
+                "was expected"
             )
         tree = tree[key]
+        if not isinstance(tree, Mapping):
+            raise ValueError(
+                f"{_text(path[: depth + 1])} is a {type(tree).__name__}, expected a module's dict "
+                f"of arrays, as a pair names {_text(path)}"
+            )
     return tree
 
 
-def _with(tree, path, value):
+def _text(path) -> str:
+    return "/".join(map(str, path)) or "the model itself"
+
+
+def _with(tree, path, value) -> Any:
     """A copy of the tree with the subtree at `path` replaced, or removed where the value is None.
 
     Dicts that this leaves empty are removed too.
     """
+    if not path:
+        return value
     key, *rest = path
-    below = _with(tree.get(key, {}), rest, value) if rest else value
+    below = _with(tree.get(key, {}), rest, value)
     return {**{k: v for k, v in tree.items() if k != key}, **({key: below} if below else {})}

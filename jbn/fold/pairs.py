@@ -2,7 +2,8 @@
 
 A name or the order of the layers would only suggest it. The traced program shows it: the output of
 a convolution or dense layer goes into the batch norm and nowhere else, with at most its bias added
-between, both are used once, and the norm's features are those that the layer makes.
+between, both are used once, and the norm's features are those that the layer makes. Kernel, bias
+and output may be cast from one floating dtype to another and change their shape, nothing else.
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ import itertools
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jbn.core import validate
@@ -24,6 +26,7 @@ Path = tuple[Hashable, ...]  # keys of dicts, indices of lists
 # The names under which primitives that only wrap a program hold it.
 _WRAPPERS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _CASTS = ("convert_element_type", "copy", "optimization_barrier")
+_RESHAPES = ("reshape", "squeeze", "broadcast_in_dim")
 _ROOTS = ("rsqrt", "sqrt", "pow")
 _VECTORS = ("mean", "var", "scale", "bias")
 
@@ -87,7 +90,8 @@ def find_pairs(
 
     Raises:
         ValueError: eps is given and the program says otherwise.
-        TypeError: apply is no function, variables hold no arrays, or eps is no number.
+        TypeError: apply is no function, variables hold no arrays, an input is no array, or eps is
+            no number.
     """
     validate.function(apply, "apply", "of (variables, *args)")
     if eps is not None:
@@ -97,8 +101,15 @@ def find_pairs(
             f"variables is a {type(variables).__name__} without arrays ({variables!r:.60}), "
             "expected linen's variables or an nnx.State"
         )
+    for leaf in jax.tree.leaves(args):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"an input is a {type(leaf).__name__} ({leaf!r:.60}), expected arrays: give other "
+                "arguments inside apply, such as lambda v, x: model.apply(v, x, mode='eval')"
+            )
     closed = jax.make_jaxpr(apply)(variables, *args)
-    paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
+    linen = is_linen(variables)
+    paths = [_path(keys, linen) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
     uses, equations = Counter(), []
     inputs = closed.jaxpr.invars
     values = [
@@ -113,13 +124,24 @@ def find_pairs(
         if reader is None:
             continue
         data, axes = _normalized(reader, norm)
-        found = _layer(data, axes, uses) if axes else None
+        found = _layer(data, axes, uses, paths) if axes else None
         norm_eps = _epsilon(equations, norm, eps)
-        if found and norm_eps is not None:
+        if found and norm_eps is not None and not is_inside(found[0], norm):
             pairs.append((equations.index(reader), Pair(found[0], norm, found[1], norm_eps)))
     pairs = [pair for _, pair in sorted(pairs, key=operator.itemgetter(0))]
     folded = Counter(pair.layer for pair in pairs)
     return tuple(pair for pair in pairs if folded[pair.layer] == 1)
+
+
+def is_linen(variables: Any) -> bool:
+    """Whether these are linen's collections; an nnx model may have attributes of these names."""
+    collections = isinstance(variables, Mapping) and not isinstance(variables, nnx.State)
+    return collections and "params" in variables and "batch_stats" in variables
+
+
+def is_inside(path: Path, outer: Path) -> bool:
+    """Whether a path is `outer` or lies below it."""
+    return path[: len(outer)] == outer
 
 
 def _walk(
@@ -177,7 +199,7 @@ def _only_reader(equations, norm) -> _Value | None:
     ]
     for before, after in itertools.pairwise(readers):
         data = _single(o for o in after.operands if o.data)
-        while data is not None and data.name in _CASTS:
+        while data is not None and data.name in _CASTS and _is_wide(data):
             data = data.operands[0]
         if data is not before:
             return None
@@ -291,21 +313,36 @@ def _is_constant(value, variables):
     return all(_is_constant(o, variables) for o in value.operands)
 
 
-def _layer(value, axes, uses):
+def _is_wide(value) -> bool:
+    """Whether the value's dtype is floating or complex, of 16 bits or more.
+
+    A cast to any other, such as an integer or float8, changes the values by more than rounding.
+    """
+    dtype = getattr(value.aval, "dtype", np.dtype(bool))
+    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 2
+
+
+def _is_foldable(value, uses) -> bool:
+    """Whether a value between two layers can vanish: it is read once, and its cast only rounds."""
+    return uses[value] == 1 and _is_wide(value)
+
+
+def _layer(value, axes, uses, paths):
     """(path, out_axis) of the linear layer that alone makes this value's features along `axes`."""
     bias: Path | None = None
-    while value.equation is not None and uses[value] == 1 and axes is not None:
+    while value.equation is not None and _is_foldable(value, uses) and axes is not None:
         data = [o for o in value.operands if o.data]
         if value.name in ("conv_general_dilated", "dot_general"):
-            return _linear(value, axes, bias, uses)
+            found = _linear(value, axes, uses)
+            # A fold also takes a bias that the program adds elsewhere or not at all.
+            expected = found and (*found[0], "bias")
+            return found if bias == (expected if expected in paths else None) else None
         if len(data) != 1:
             return None
         if value.name == "add" and bias is None:
             (fixed,) = (o for o in value.operands if not o.data)
-            if len(fixed.variables) != 1 or uses[fixed] != 1:
-                return None
-            (bias,) = fixed.variables
-            if _varying(fixed, bias, value.shape) != axes and math.prod(fixed.shape) > 1:
+            bias = _added_bias(fixed, value, axes, uses)
+            if bias is None:
                 return None
         else:
             axes = _axes_before(value, axes)
@@ -313,16 +350,42 @@ def _layer(value, axes, uses):
     return None
 
 
+def _added_bias(fixed, value, axes, uses) -> Path | None:
+    """Path of the variable that is added, unchanged, along these axes of a value, and nowhere else.
+
+    Only casts and changes of shape may stand before the addition, which keep the order.
+    """
+    chain = [fixed]
+    while chain[-1].equation is not None:
+        if not _keeps_order(chain[-1]):
+            return None
+        chain.append(chain[-1].operands[0])
+    variable = chain[-1]
+    features = tuple(value.shape[a] for a in axes)
+    if len(variable.variables) != 1 or variable.shape != features:
+        return None
+    if not all(_is_foldable(v, uses) for v in chain):
+        return None
+    (path,) = variable.variables
+    along = _varying(fixed, path, value.shape)
+    return path if along == axes or math.prod(fixed.shape) == 1 else None
+
+
+def _keeps_order(value) -> bool:
+    """Whether the operation only casts or reshapes one value, or repeats it along new axes."""
+    transposes = value.name == "reshape" and value.equation.params["dimensions"] is not None
+    known = value.name in (*_CASTS, *_RESHAPES)
+    return known and len(value.operands) == 1 and not transposes
+
+
 def _axes_before(value, axes):
     """Where these axes of a value lie in its operand; None if it is no mere change of shape."""
     old, params = value.operands[0].shape, value.equation.params
-    if value.name in _CASTS:
+    if value.name in _CASTS and len(value.operands) == 1:
         return axes
     if value.name == "transpose":
         return tuple(params["permutation"][a] for a in axes)
-    if value.name not in ("reshape", "squeeze", "broadcast_in_dim") or (
-        math.prod(old) != math.prod(value.shape)
-    ):
+    if not _keeps_order(value) or math.prod(old) != math.prod(value.shape):
         return None
     features = value.shape[axes[0] : axes[-1] + 1]
     before = math.prod(value.shape[: axes[0]])
@@ -333,7 +396,8 @@ def _axes_before(value, axes):
     return None
 
 
-def _linear(value, axes, bias, uses):
+def _linear(value, axes, uses):
+    """(path, out_axis) of the kernel, if the operation makes features along these axes with it."""
     kernel_index = 0 if value.operands[1].data else 1
     kernel = value.operands[kernel_index]
     if kernel.data or len(kernel.variables) != 1 or not value.operands[1 - kernel_index].data:
@@ -341,23 +405,20 @@ def _linear(value, axes, bias, uses):
     made_along, made = _features(value, kernel_index)
     if made != axes:
         return None
-    while kernel.equation is not None:
+    while kernel.equation is not None and _is_foldable(kernel, uses):
         if kernel.name == "transpose":
             permutation = kernel.equation.params["permutation"]
             made_along = tuple(permutation[a] for a in made_along)
-        elif kernel.name not in (*_CASTS, "rev"):
-            return None
-        if uses[kernel] != 1:
+        elif kernel.name == "rev":
+            if set(made_along) & set(kernel.equation.params["dimensions"]):
+                return None
+        elif kernel.name not in _CASTS:
             return None
         kernel = kernel.operands[0]
+    if not _is_foldable(kernel, uses):
+        return None
     (path,) = kernel.variables
-    fits = bias is None or bias == (*path[:-1], "bias")
-    if (
-        path[-1] != "kernel"
-        or uses[kernel] != 1
-        or not fits
-        or list(made_along) != sorted(made_along)
-    ):
+    if path[-1] != "kernel" or list(made_along) != sorted(made_along):
         return None
     counted = tuple(a - len(kernel.shape) for a in made_along)
     return path[:-1], counted[0] if len(counted) == 1 else counted
@@ -380,8 +441,8 @@ def _features(value, kernel_index):
     return free, tuple(range(start, start + len(free)))
 
 
-def _path(keys) -> Path:
+def _path(keys, linen) -> Path:
     """Names and indices from the root, without linen's collection and nnx's ".value"."""
     names = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in keys]
-    names = names[1:] if names[0] in ("params", "batch_stats") else names
+    names = names[1:] if linen and names[0] in ("params", "batch_stats") else names
     return tuple(names[:-1] if names[-1] == "value" else names)

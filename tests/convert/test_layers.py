@@ -332,6 +332,81 @@ def test_arguments_that_fit_nothing_are_named():
         "state_dict is empty": lambda: convert.from_torch_model({}),
         "state_dict is a list": lambda: convert.from_torch_model([]),
         "variables is a list": lambda: convert.from_sbx([]),
+        "params is a NoneType .*such as": lambda: convert.to_equinox(None, state, layer, of_layer),
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()
+
+
+def test_what_is_no_layer_is_not_converted_to_one():
+    torch_or_skip()
+    params, state = layer()
+    functions = {
+        "torch": convert.to_torch,
+        "linen": convert.to_linen,
+        "nnx": convert.to_nnx,
+        "keras": convert.to_keras,
+        "haiku": lambda *both: convert.to_haiku(*both, ndim=3, momentum=0.9),
+    }
+    for function in functions.values():
+        with pytest.raises(TypeError, match=r"params is a NoneType .*expected jbn\.Params"):
+            function(None, state)
+        with pytest.raises(TypeError, match=r"state is a tuple .*expected jbn\.State"):
+            function(params, tuple(state))
+
+
+def test_counts_that_int32_does_not_hold():
+    torch = torch_or_skip()
+    state_dict = torch.nn.BatchNorm1d(3).state_dict()
+    state_dict["num_batches_tracked"] += 2**31 - 1
+    assert convert.from_torch(state_dict)[1].count == 2**31 - 1
+    state_dict["num_batches_tracked"] += 1
+    with pytest.raises(ValueError, match="int64 holds 2147483648, expected at most 2147483647"):
+        convert.from_torch(state_dict)
+    with pytest.raises(ValueError, match="count is 2147483648, expected at most 2147483647"):
+        convert.from_linen(convert.to_linen(*layer()), count=2**31)
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]])
+def test_options_go_on_over_the_devices_of_the_layer(groups):
+    linen = importlib.import_module("jbn.linen")
+    for kind in (flax.linen.BatchNorm, linen.BatchNorm):
+        source = kind(axis_name="batch", axis_index_groups=groups, use_running_average=False)
+        options = convert.options(source)
+        params, state = layer()
+        variables = convert.to_linen(params, state)
+
+        def other(x, source=source, variables=variables):
+            y, new = source.apply(variables, x, mutable=["batch_stats"])
+            return y, new["batch_stats"]["var"]
+
+        def ours(x, params=params, state=state, options=options):
+            y, new = jbn.batch_norm_train(x, params, state, **options)
+            return y, new.var
+
+        x = batches()[0].reshape(4, 4, 5, FEATURES)
+        devices = jax.devices()[:4]
+        expected, found = (jax.pmap(f, "batch", devices=devices)(x) for f in (other, ours))
+        for a, b in zip(found, expected, strict=True):
+            close(a, b, 1e-5)
+    assert "axis_index_groups" not in convert.options(kind(axis_index_groups=[[0]]))
+
+
+def test_options_of_a_haiku_layer_over_devices():
+    haiku = need("haiku")
+    found = []
+
+    def forward(x):
+        norm = haiku.BatchNorm(
+            True,
+            True,
+            0.9,
+            cross_replica_axis="batch",
+            cross_replica_axis_index_groups=[[0, 1], [2, 3]],
+        )
+        found.append(convert.options(norm))
+        return x
+
+    haiku.transform_with_state(forward).init(None, batches()[0])
+    assert found[0]["axis_name"] == "batch"
+    assert found[0]["axis_index_groups"] == [[0, 1], [2, 3]]

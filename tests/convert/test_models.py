@@ -1,6 +1,8 @@
 """A torch ResNet-18 in linen: the same logits, also with every batch norm folded away."""
 
 import functools
+import importlib
+import warnings
 from typing import Any
 
 import flax.linen as nn
@@ -225,6 +227,180 @@ def test_a_dense_layer_that_reads_a_flattened_image():
         models.from_torch_model(model, flattened={"2": (4, 4, 4)})
     with pytest.raises(ValueError, match=r"flattened names \['0'\]"):
         models.from_torch_model(model, flattened={"0": (4, 4, 3)})
+
+
+class FlattenedNorm(nn.Module):
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), padding="VALID", name="0")(x)
+        x = self.norm(name="2")(x.reshape(len(x), -1))
+        return nn.Dense(5, name="3")(x)
+
+
+NORMS = {
+    "BatchNorm1d": functools.partial(nn.BatchNorm, use_running_average=True),
+    "LayerNorm": functools.partial(nn.LayerNorm, epsilon=1e-5),
+    "RMSNorm": nn.RMSNorm,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_that_reads_a_flattened_image(name):
+    norm = getattr(torch.nn, name)(48)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), norm, torch.nn.Linear(48, 5)
+    ).eval()
+    with torch.no_grad():
+        for value in norm.state_dict().values():
+            if value.dtype.is_floating_point:
+                value.uniform_(0.1, 1)
+    if name == "RMSNorm":
+        norm.eps = 1e-6
+    x = images(0, 2)[:, :6, :5]
+    shape = (4, 4, 3)
+    of_dict = [model.state_dict()] if name == "BatchNorm1d" else []
+    for source in (model, *of_dict):
+        for flattened in (None, {"3": shape}):
+            with pytest.raises(ValueError, match="'2' reads 48 features, the layer before makes 4"):
+                models.from_torch_model(source, flattened=flattened)
+        with pytest.raises(ValueError, match="'3' reads 48 features, the layer before makes 4"):
+            models.from_torch_model(source, flattened={"2": shape})
+        variables = models.from_torch_model(source, flattened={"2": shape, "3": list(shape)})
+        found = FlattenedNorm(NORMS[name]).apply(variables, x)
+        with torch.no_grad():
+            np.testing.assert_allclose(found, model(to_torch(x)), rtol=1e-4, atol=1e-5)
+    params = models.from_torch_model(model, flattened={"2": None})["params"]
+    np.testing.assert_array_equal(params["2"]["scale"], norm.weight.detach().numpy())
+    np.testing.assert_array_equal(params["3"]["kernel"], model[3].weight.detach().numpy().T)
+
+
+def test_norms_of_concatenated_images_are_not_taken_for_flattened_ones():
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(16), torch.nn.Conv2d(16, 4, 1)]
+    before_a_convolution = torch.nn.Sequential(*layers)
+    models.from_torch_model(before_a_convolution)
+    models.from_torch_model(before_a_convolution.state_dict())
+    models.from_torch_model(torch.nn.Sequential(*layers[:2]))
+    # A densenet ends like this; that it concatenates shows before.
+    last = [torch.nn.BatchNorm2d(20), torch.nn.Flatten(), torch.nn.Linear(20, 2)]
+    models.from_torch_model(torch.nn.Sequential(*layers, *last).state_dict())
+    # Here the convolution does not read what the norm makes.
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm1d(16), torch.nn.ConvTranspose2d(4, 4, 3)]
+    with pytest.raises(ValueError, match="'1' reads 16 features"):
+        models.from_torch_model(torch.nn.Sequential(*layers))
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(16, 4), torch.nn.Conv2d(16, 4, 1)]
+    with pytest.raises(ValueError, match="'1' reads 16 features"):
+        models.from_torch_model(torch.nn.Sequential(*layers))
+    group = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 16))
+    with pytest.raises(ValueError, match="'1' reads 16 features"):
+        models.from_torch_model(group)
+    with pytest.raises(ValueError, match="whose groups would be others"):
+        models.from_torch_model(group, flattened={"1": (4, 2, 2)})
+
+
+def test_a_layer_norm_over_a_whole_image():
+    norm = torch.nn.LayerNorm([3, 4, 5])
+    with torch.no_grad():
+        norm.weight.uniform_(0.1, 1)
+        norm.bias.uniform_(-1, 1)
+    model = torch.nn.Sequential(norm)
+    with pytest.raises(
+        ValueError, match=r"layer norm over \(3, 4, 5\): if the channels stand first"
+    ):
+        models.from_torch_model(model)
+    with pytest.raises(ValueError, match=r"is \(3, 20\), 60 values, expected the 60"):
+        models.from_torch_model(model, flattened={"0": (3, 20)})
+    variables = models.from_torch_model(model, flattened={"0": (3, 4, 5)})["params"]["0"]
+    axes = (1, 2, 3)
+    target = nn.LayerNorm(reduction_axes=axes, feature_axes=axes, epsilon=1e-5)
+    x = images(0, 2)[:, :4, :5]
+    found = np.asarray(target.apply({"params": variables}, x)).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(to_torch(x)), rtol=1e-4, atol=1e-5)
+    as_it_is = models.from_torch_model(model, flattened={"0": None})["params"]["0"]
+    np.testing.assert_array_equal(as_it_is["scale"], norm.weight.detach().numpy())
+
+
+def test_quantized_layers_are_not_dropped():
+    float_model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: torch.ao is deprecated
+        model = torch.ao.quantization.quantize_dynamic(float_model, {torch.nn.Linear})
+    with pytest.raises(
+        TypeError, match=r"'0' is a torch\.ao\..*Linear that holds \['scale', 'zero"
+    ):
+        models.from_torch_model(model)
+    norm = torch.ao.nn.quantized.BatchNorm2d(4)
+    with pytest.raises(ValueError, match=r"'' is a batch norm that holds .*'scale'"):
+        models.from_torch_model(norm)
+
+
+def test_what_a_layer_holds_besides_arrays_is_not_dropped():
+    class Extra(torch.nn.Linear):
+        def get_extra_state(self):
+            return 3
+
+    with pytest.raises(ValueError, match=r"'0' is a dense layer that holds \['_extra_state'"):
+        models.from_torch_model(torch.nn.Sequential(Extra(3, 4)))
+
+
+def test_reparametrized_convolutions_name_the_way_back():
+    prune = importlib.import_module("torch.nn.utils.prune")
+    utils, conv = torch.nn.utils, lambda **options: torch.nn.Conv2d(3, 4, 3, **options)
+    parametrize = utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: weight_norm is deprecated
+        layers = {
+            "remove_weight_norm": utils.weight_norm(conv()),
+            r"prune\.remove": prune.random_unstructured(conv(), "weight", 0.3),
+            "remove_spectral_norm": utils.spectral_norm(conv()),
+            "remove_parametrizations": parametrize(conv()),
+            r"remove_parametrizations\(": parametrize(conv(bias=False)),
+        }
+    for message, layer in layers.items():
+        model = torch.nn.Sequential(layer)
+        with pytest.raises((TypeError, ValueError), match=f"'0.*first call .*{message}"):
+            models.from_torch_model(model)
+        if "parametrizations" not in message:
+            with pytest.raises(ValueError, match=f"'0.*first call .*{message}"):
+                models.from_torch_model(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "paths"),
+    [
+        (ValueError, r"leads through 'kernel', an array", {"0": ("a",), "1": ("a", "kernel")}),
+        (ValueError, r"\('a',\) has \['bias'\]", {"0": ("a", "bias"), "1": ("a",)}),
+        (TypeError, r"path\('0'\) is \['0'\], expected a tuple", {"0": ["0"], "1": ["1"]}),
+        (TypeError, r"path\('0'\) is 'conv', expected a tuple", {"0": "conv", "1": "norm"}),
+        (TypeError, r"path\('0'\) is \(\['a'\],\)", {"0": (["a"],), "1": ("b",)}),
+    ],
+)
+def test_paths_that_make_no_tree(error, message, paths):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    with pytest.raises(error, match=message):
+        models.from_torch_model(model, paths.__getitem__)
+
+
+@pytest.mark.parametrize("shape", [16, (4.0, 2, 2), (-4, -2, 2), (), "4", (True, 16)])
+def test_shapes_that_are_none(shape):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+    )
+    error = ValueError if shape in ((-4, -2, 2), ()) else TypeError
+    with pytest.raises(error, match=r"flattened\['2'\] is .*expected the shape \(channels, height"):
+        models.from_torch_model(model, flattened={"2": shape})
+
+
+def test_pairs_of_the_model_itself():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, eps=1e-3))
+    pair = fold.Pair(("0",), ("1",), -1, 1e-3)
+    assert models.torch_pairs(model) == (pair,)
+    assert models.torch_pairs(model.state_dict()) == (pair._replace(eps=1e-5),)
+    assert models.torch_pairs(model, eps=0.1) == (pair._replace(eps=0.1),)
+    with pytest.raises(TypeError, match="path is 3, expected a function"):
+        models.torch_pairs(model, 3)
 
 
 def test_layers_that_cannot_be_converted_are_errors():

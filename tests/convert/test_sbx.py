@@ -94,3 +94,14 @@ def test_other_limits_are_named():
     with pytest.raises(ValueError, match=r"BatchRenorm_0 has d_max 2, expected 5: give from_sbx"):
         convert.from_sbx(tree(0, d_max=2))
     convert.from_sbx(tree(0, d_max=2), d_max=2)
+
+
+def test_variables_without_the_layer_are_errors():
+    without_steps = jbn.linen.BatchRenorm(use_running_average=False)
+    variables = without_steps.init(jax.random.key(0), data())
+    with pytest.raises(ValueError, match=r"no layer of \['mean', 'steps', 'var'\].*warmup_steps"):
+        convert.to_sbx(variables)
+    with pytest.raises(ValueError, match=r"no layer of \['d_max', .*with sbx's BatchRenorm"):
+        convert.from_sbx(variables)
+    with pytest.raises(ValueError, match=r"hold \['params'\] and no layer of"):
+        convert.from_sbx({"params": tree(0)["params"]})

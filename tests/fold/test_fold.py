@@ -451,6 +451,10 @@ def test_arguments_of_the_wrong_kind_are_named():
         nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)),
     )
     variables = nnx.to_pure_dict(nnx.state(model))
+    boxed = {
+        "params": {"layer": {"kernel": nn.Partitioned(draw(3, 4), names=(None, "model"))}},
+        "batch_stats": {"norm": state._asdict()},
+    }
     following = functools.partial(fold.fold_next, params, state, kernel, None, padding="VALID")
     previous = functools.partial(fold.fold_previous, kernel, None, params)
     for message, call in {
@@ -481,6 +485,26 @@ def test_arguments_of_the_wrong_kind_are_named():
         "reference is None": lambda: fold.certify(None, jnp.sin, [draw(2, 3)]),
         "inputs is a int": lambda: fold.certify(jnp.sin, jnp.sin, 3),
         "expected one array": lambda: fold.certify(lambda x: {"a": x}, jnp.sin, [draw(2, 3)]),
+        "a tuple, expected one array: choose": lambda: fold.certify(
+            lambda x: (x, {"mean": x[0]}), jnp.sin, [draw(2, 3)]
+        ),
+        "a list, expected one array: choose": lambda: fold.certify(
+            lambda x: [x, x[0]], jnp.sin, [draw(2, 3)]
+        ),
+        "in_axis is .0, 1., expected one axis": lambda: following(in_axis=(0, 1)),
+        "out_axis is .0, 1., expected one axis": lambda: following(out_axis=(0, 1)),
+        "layers/1/mean is a .*, expected a module": lambda: fold.fold_variables(
+            variables, [fold.Pair(pair.layer, ("layers", 1, "mean", "z"))]
+        ),
+        "layers/0/kernel is a .*, expected a module": lambda: fold.fold_variables(
+            variables, [fold.Pair(("layers", 0, "kernel"), pair.norm)]
+        ),
+        "an input is a str .'eval'.": lambda: fold.find_pairs(
+            lambda v, x, mode: x, variables, draw(2, 3), "eval"
+        ),
+        r"kernel is of Partitioned, .* flax\.linen\.unbox": lambda: fold.fold_variables(
+            boxed, [fold.Pair(("layer",), ("norm",))]
+        ),
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()

@@ -258,6 +258,159 @@ def test_traps_are_no_pairs(trap, how, kind):
     assert found(trap(kind, how), draw(*shape))[1] == ()
 
 
+CUSTOM = {  # name -> what a layer with kernel K and bias b computes
+    "reversed bias": lambda x, K, b: x @ K + b[None, ::-1],
+    "changed bias": lambda x, K, b: x @ K + (2 * b + 1)[None],
+    "squashed bias": lambda x, K, b: x @ K + jnp.tanh(b)[None],
+    "rotated bias": lambda x, K, b: x @ K + jnp.concatenate([b[2:], b[:2]])[None],
+    "transposed bias": lambda x, K, b: (
+        x @ K + jax.lax.reshape(b.reshape(2, 2), (1, 4), dimensions=(1, 0))
+    ),
+    "rounded bias": lambda x, K, b: x @ K + b.astype(int).astype("f")[None],
+    "unused bias": lambda x, K, b: x @ K,
+    "reversed kernel": lambda x, K, b: x @ jax.lax.rev(K, (1,)) + b[None],
+    "rounded kernel": lambda x, K, b: x @ K.astype(int).astype("f") + b[None],
+    "rounded output": lambda x, K, b: (x @ K + b[None]).astype(int),
+    "bool output": lambda x, K, b: (x @ K + b[None]).astype(bool),
+    "float8 output": lambda x, K, b: (x @ K + b[None]).astype(jnp.float8_e4m3fn).astype("f"),
+    "plain": lambda x, K, b: x @ K + b[None],
+    "cast": lambda x, K, b: (
+        x.astype("bfloat16") @ K.astype("bfloat16") + b.astype("bfloat16")[None]
+    ).astype("f"),
+    "reversed window": lambda x, K, b: x[:, ::-1] @ jax.lax.rev(K, (0,)) + b.reshape(1, 4),
+}
+
+
+class Custom(nn.Module):
+    """A layer that someone wrote: it may do more with its bias and kernel than add and multiply."""
+
+    compute: str
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(1), (4, 4))
+        bias = self.param("bias", nn.initializers.normal(1), (4,))
+        return CUSTOM[self.compute](x, kernel, bias)
+
+
+@KINDS
+@pytest.mark.parametrize("compute", CUSTOM)
+def test_a_layer_that_changes_its_kernel_bias_or_output_is_no_pair(compute, kind):
+    model, x = One(Custom, kind, {"compute": compute}, {}), draw(5, 4)
+    foldable = compute in ("plain", "cast", "reversed window")
+    expected = (fold.Pair(("layer",), ("norm",), -1, 1e-5),) if foldable else ()
+    variables, pairs = found(model, x)
+    assert pairs == expected
+    after = One(Custom, fold.FoldedNorm, {"compute": compute}, {})
+    if foldable:
+        certificate = fold.certify(
+            functools.partial(model.apply, variables),
+            functools.partial(after.apply, fold.fold_variables(variables, pairs)),
+            [x],
+        )
+        # bfloat16 rounds the kernel and bias, which the fold scales by up to 1 / sqrt(0.002) = 22.
+        certificate.require((0.1 if compute == "cast" else 1e-5) * certificate.max_output)
+
+
+def test_a_norm_that_rounds_what_it_normalizes_is_no_pair():
+    def apply(variables, x):
+        dense, norm = variables["params"]["layer"], variables["params"]["norm"]
+        stats = variables["batch_stats"]["norm"]
+        centered = x @ dense["kernel"] + dense["bias"] - stats["mean"]
+        gain = norm["scale"] * jax.lax.rsqrt(stats["var"] + 1e-3)
+        return centered.astype(int).astype("f") * gain + norm["bias"]
+
+    model, x = One(nn.Dense, nn.BatchNorm, {"features": 4}, {}), draw(5, 4)
+    assert fold.find_pairs(apply, model.init(jax.random.key(0), x), x) == ()
+
+
+class Block(nnx.Module):
+    """A block that is its own dense layer, with a norm in it; the bias is read where `how` says."""
+
+    def __init__(self, how, kind, rngs):
+        self.kernel = nnx.Param(draw(4, 4))
+        self.bias = nnx.Param(draw(4, seed=2))
+        self.norm = kind(4, use_running_average=True, rngs=rngs)
+        self.how = how
+
+    def __call__(self, x):
+        y = x @ self.kernel[...]
+        y = y if self.how == "after" else y + self.bias[...][None]
+        return self.norm(y) if self.how == "before" else self.norm(y) + self.bias[...][None]
+
+
+@NNX_KINDS
+@pytest.mark.parametrize("how", ["before", "after", "twice"])
+def test_a_layer_that_is_the_model_is_folded_if_its_bias_is_added_before_the_norm(how, kind):
+    model, x = Block(how, kind, nnx.Rngs(0)), draw(5, 4)
+    nnx.update(model, with_random_statistics(nnx.state(model)))
+    pairs = nnx_pairs(model, x)
+    assert pairs == ((fold.Pair((), ("norm",), -1, 1e-5),) if how == "before" else ())
+    certificate = fold.certify(model, fold.fold_nnx(model, pairs), [x])
+    certificate.require(1e-5 * certificate.max_output)
+
+
+@KINDS
+def test_a_linen_layer_that_is_the_model_is_folded(kind):
+    class Model(nn.Module):
+        norm: type
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.normal(1), (4, 3))
+            bias = self.param("bias", nn.initializers.normal(1), (3,))
+            return self.norm(use_running_average=True, name="norm")(x @ kernel + bias[None])
+
+    model, x = Model(kind), draw(5, 4)
+    variables, pairs = found(model, x)
+    assert pairs == (fold.Pair((), ("norm",), -1, 1e-5),)
+    folded = fold.fold_variables(variables, pairs)
+    certificate = fold.certify(
+        functools.partial(model.apply, variables),
+        functools.partial(Model(fold.FoldedNorm).apply, folded),
+        [x],
+    )
+    certificate.require(1e-5 * certificate.max_output)
+
+
+class Named(nnx.Module):
+    """Attributes with the names of linen's collections."""
+
+    def __init__(self, rngs):
+        self.params = nnx.Dict(layer=nnx.Linear(4, 4, rngs=rngs))
+        self.batch_stats = nnx.Dict(norm=nnx.BatchNorm(4, use_running_average=True, rngs=rngs))
+
+    def __call__(self, x):
+        return self.batch_stats["norm"](self.params["layer"](x))
+
+
+def test_an_nnx_model_may_use_the_names_of_linens_collections():
+    model, x = Named(nnx.Rngs(0)), draw(5, 4)
+    nnx.update(model, with_random_statistics(nnx.state(model)))
+    pairs = nnx_pairs(model, x)
+    assert pairs == (fold.Pair(("params", "layer"), ("batch_stats", "norm"), -1, 1e-5),)
+    certificate = fold.certify(model, fold.fold_nnx(model, pairs), [x])
+    certificate.require(1e-5 * certificate.max_output)
+
+
+class Holder(nnx.BatchNorm):
+    """A norm that holds the layer before it."""
+
+    def __init__(self, rngs):
+        super().__init__(4, use_running_average=True, rngs=rngs)
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return super().__call__(self.layer(x))
+
+
+def test_a_layer_that_its_norm_holds_is_no_pair():
+    model, x = Holder(nnx.Rngs(0)), draw(5, 4)
+    assert nnx_pairs(model, x) == ()
+    with pytest.raises(ValueError, match="layer layer lies in norm the model itself"):
+        fold.fold_nnx(model, [fold.Pair(("layer",), ())])
+
+
 @KINDS
 def test_an_axis_before_the_last_is_a_pair_where_the_layer_makes_it(kind):
     """A transpose brings the layer's features to axis 1, where the norm has them."""

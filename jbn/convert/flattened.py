@@ -1,0 +1,108 @@
+"""Layers of a torch model that read an image flattened, or whole, and so in another order in linen.
+
+Torch has the channels of an image first, linen last.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from jbn.core import validate
+
+
+def checked(flattened, layers):
+    """The argument `flattened` of `from_torch_model`, its shapes as tuples of ints."""
+    if flattened is None:
+        return {}
+    validate.mapping(flattened, "flattened", "a dict from a layer's prefix to a shape")
+    known = [prefix for prefix, layer in layers.items() if may_read(layer)]
+    if unknown := [prefix for prefix in flattened if prefix not in known]:
+        raise ValueError(f"flattened names {unknown}, expected dense layers and norms: {known}")
+    return {p: None if s is None else _checked_shape(p, s) for p, s in flattened.items()}
+
+
+def _checked_shape(prefix, shape):
+    what = f"flattened[{prefix!r}] is {shape!r:.60}, expected the shape (channels, height, width)"
+    try:
+        sizes = tuple(map(validate.index, shape))
+    except TypeError:
+        raise TypeError(f"{what}, a tuple of ints, or None") from None
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"{what}, of sizes of at least 1")
+    return sizes
+
+
+def may_read(layer):
+    """Whether a layer of this kind can stand behind a Flatten."""
+    return "norm" in layer.kind or layer.kind == "dense layer"
+
+
+def features(layer):
+    """The shape of what a norm or a dense layer reads."""
+    if layer.kind == "dense layer":
+        return layer.tensors["weight"].shape[1:]
+    return layer.tensors["running_mean" if layer.kind == "batch norm" else "weight"].shape
+
+
+def reads_image(layer, after):
+    """Whether a layer is known to read an image that is not flattened; `after` follows it."""
+    if layer.of_images or layer.kind == "dense layer" or after is None:
+        return layer.of_images
+    # A densenet's norm reads the channels of many convolutions, and a convolution reads them all.
+    inputs = {"convolution": 1, "transposed convolution": 0}.get(after.kind)
+    return inputs is not None and after.tensors["weight"].shape[inputs] == features(layer)[0]
+
+
+def channels_of(layer, shape, before):
+    """The channels of the image that a layer makes, or None; those `before` if it may keep them."""
+    if layer.kind == "dense layer":
+        return None
+    if "convolution" in layer.kind:
+        return layer.tensors["weight"].shape[0 if layer.kind == "convolution" else 1]
+    if layer.kind == "embedding":
+        return before
+    read = shape or features(layer)
+    # A norm that is no batch norm may be over another axis than that of the channels.
+    other = layer.kind != "batch norm" and (before is None or read[0] % before > 0)
+    return before if other else read[0]
+
+
+_BY_MODEL = "; the model itself, in place of its state_dict, tells what a BatchNorm2d reads"
+
+
+def shape_read(prefix, layer, channels, flattened):
+    """The shape (channels, ...) of the image that a layer reads flattened or whole, or None."""
+    whole = features(layer)
+    read = math.prod(whole)
+    if prefix in flattened:
+        shape = flattened[prefix]
+        if shape is not None and (math.prod(shape) != read or whole not in (shape, (read,))):
+            raise ValueError(
+                f"flattened[{prefix!r}] is {shape}, {math.prod(shape)} values, expected the {read} "
+                f"that the {layer.kind} reads, of shape {whole}"
+            )
+        if shape is not None and layer.kind == "group norm":
+            raise ValueError(
+                f"flattened names the group norm {prefix!r}, whose groups would be others in "
+                "linen, where the channels stand last"
+            )
+        return shape
+    mend = f"flattened={{{prefix!r}: %s}}, and if not, flattened={{{prefix!r}: None}}"
+    if len(whole) > 1:
+        raise ValueError(
+            f"{prefix!r} is a {layer.kind} over {whole}: if the channels stand first in it, "
+            f"pass its shape, {mend % (whole,)}"
+        )
+    if channels and read > channels and read % channels == 0:
+        raise ValueError(
+            f"{prefix!r} reads {read} features, the layer before makes {channels} channels: "
+            f"if a Flatten stands between, pass its shape, {mend % f'({channels}, height, width)'}"
+            f"{_BY_MODEL if layer.kind == 'batch norm' and layer.eps is None else ''}"
+        )
+    return None
+
+
+def channels_last(vector, shape):
+    """The values of an image (channels, ...) in linen's order, flat if they came flat."""
+    moved = jnp.moveaxis(vector.reshape(shape), 0, -1)
+    return moved if vector.ndim > 1 else moved.reshape(-1)
