@@ -48,7 +48,7 @@ def pooled_moments(
             raise ValueError(
                 f"batches holds a tuple of {len(batch)}, expected an array or (array, weights)"
             )
-        x, weights = batch if isinstance(batch, tuple) else (batch, None)
+        x, weights = map(_array, batch if isinstance(batch, tuple) else (batch, None))
         m = functional.moments(x, axis=axis, weights=weights)
         total = m if total is None else functional.merge_moments(total, m)
     if total is None:
@@ -121,7 +121,7 @@ def _run(
     for number in range(passes):
         total, count = None, 0
         for batch in _shown(batches, progress, number):
-            _check_leaves(batch)
+            batch = jax.tree.map(_checked_leaf, batch)
             found = _checked_moments(collect(states, batch), states, total)
             total = found if total is None else merge(total, found)
             count += 1
@@ -147,14 +147,21 @@ def _iterable(batches):
     return batches
 
 
-def _check_leaves(batch):
-    numbers = int | float | complex | np.number | np.bool_
-    for leaf in jax.tree.leaves(batch):
-        if not isinstance(leaf, numbers) and getattr(leaf, "dtype", np.dtype(object)).kind in "OSU":
-            raise TypeError(
-                f"a batch holds a {type(leaf).__name__} ({leaf!r:.60}), expected arrays and "
-                "numbers: each batch goes through jit"
-            )
+def _array(value: Any) -> Any:
+    """An array of another library, such as torch, as one of NumPy; anything else as it is."""
+    known = isinstance(value, Array | np.ndarray | np.generic) or not hasattr(value, "__array__")
+    return value if known else np.asarray(value)
+
+
+def _checked_leaf(leaf):
+    leaf = _array(leaf)
+    kind = getattr(getattr(leaf, "dtype", None), "kind", "O")
+    if isinstance(leaf, int | float | complex | Array) or kind not in "OSU":
+        return leaf
+    raise TypeError(
+        f"a batch holds a {type(leaf).__name__} ({leaf!r:.60}), expected arrays and numbers: each "
+        "batch goes through jit"
+    )
 
 
 def _checked_moments(found, states, total):
@@ -206,38 +213,41 @@ def recalibrate_linen(
         apply: function of (variables, batch) that runs the model on a batch, such as `lambda v,
             batch: model.apply(v, batch["image"], train=False)`. In train mode, with
             mutable=["batch_stats"], one pass makes the approximation.
-        variables: of the model.
+        variables: of the model. `apply` may run a model on a part of them, of unchanged arrays.
         batches: iterated once per pass; each goes through jit.
         unbiased, passes, progress: as in `recalibrate`.
 
     Returns:
-        The variables with new batch_stats; containers and arrays keep their types.
+        The variables with new batch_stats; containers and arrays keep their types. With
+        skip_nonfinite, a layer counts no batch in which it reads NaN or infinity.
 
     Raises:
-        ValueError: as `recalibrate`; no batch_stats, no norm called, or a jax.jit inside `apply`.
-        TypeError: as `recalibrate`.
+        ValueError: as `recalibrate`; no batch_stats, no norm called, a norm inside jax.jit or
+            another transform of jax's, in nnx.bridge, or whose place in `variables` cannot be told.
+        TypeError: as `recalibrate`; a mapping in `variables` that JAX does not know.
     """
     example = "of (variables, batch), such as lambda v, batch: model.apply(v, batch, train=False)"
     apply = _uncompiled(validate.function(apply, "apply", example))
-    norms = {
-        path: State(norm["mean"], norm["var"], jnp.int32(0))
-        for path, norm in inputs.statistics(variables).items()
-    }
+    found = inputs.statistics(variables)
+    for held in jax.tree.leaves(variables):
+        if isinstance(held, Mapping):
+            raise TypeError(
+                f"variables hold a {type(held).__name__}, expected a dict or a FrozenDict: JAX "
+                "does not look into others"
+            )
+    norms = {path: State(norm["mean"], norm["var"], jnp.int32(0)) for path, norm in found.items()}
 
     @jax.jit
     def collect(variables, states, batch):
-        return _for_all(
-            states, inputs.collect_linen(lambda: apply(_with(variables, states), batch))
-        )
+        means = {path: state.mean for path, state in states.items()}
+        run = lambda: apply(_with(variables, states), batch)
+        return _for_all(states, inputs.collect_linen(run, means))
 
     def compiled(states, batch):
         try:
             return collect(variables, states, batch)
         except jax.errors.UnexpectedTracerError as error:
-            raise ValueError(
-                "apply calls a function that jax.jit compiles, from which the moments cannot come "
-                "out: expected model.apply itself, or nn.jit in place of jax.jit"
-            ) from error
+            raise ValueError(inputs.lost()) from error
 
     # Where nn.scan or nn.vmap stacks layers, the leading axes of a mean count them.
     chain = sum(math.prod(state.mean.shape[:-1]) for state in norms.values())
@@ -257,7 +267,8 @@ def recalibrate_nnx(
     """New statistics, in place, for an nnx model of jbn's or Flax's BatchNorm.
 
     Norms are found wherever they are, also inside nnx.scan, nnx.vmap, nnx.remat and nnx.jit; only a
-    scan that broadcasts the norm (in_axes None) is refused.
+    scan that broadcasts the norm (in_axes None) is refused. With skip_nonfinite, a layer counts no
+    batch in which it reads NaN or infinity.
 
     Args:
         model: in eval mode for exact statistics; in train mode one pass makes the approximation.
@@ -266,7 +277,8 @@ def recalibrate_nnx(
         unbiased, passes, progress: as in `recalibrate`.
 
     Raises:
-        ValueError: as `recalibrate`; no norm called, or a jax.jit inside `apply`.
+        ValueError: as `recalibrate`; no norm called, a norm inside jax.jit or another transform of
+            jax's, or a linen norm in nnx.bridge.
         TypeError: as `recalibrate`; model is no nnx.Module.
     """
     flax_common.expect_nnx(model, "recalibrate_linen")
@@ -333,12 +345,12 @@ def _with(variables, states):
     """The variables with the statistics of `states`, in containers of the same types."""
 
     def replaced(keys, value):
-        *path, name = (getattr(key, "key", None) for key in keys)
-        state = states.get(tuple(path))
+        collection, *path = (getattr(key, "key", None) for key in keys)
+        name = path.pop() if path else None
+        state = states.get(tuple(path)) if collection == "batch_stats" else None
         return getattr(state, name) if state is not None and name in ("mean", "var") else value
 
-    flat = jax.tree_util.tree_map_with_path(replaced, variables["batch_stats"])
-    return type(variables)({**variables, "batch_stats": flat})
+    return jax.tree_util.tree_map_with_path(replaced, variables)
 
 
 def _shown(batches, progress, number):

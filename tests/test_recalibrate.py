@@ -1,5 +1,8 @@
 """Recalibrated statistics against float64 ones pooled over all batches, in chains, with masks."""
 
+import collections
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -396,3 +399,142 @@ def test_damaged_variables_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             recalibrate_linen(Two().apply, {**variables, "batch_stats": damaged}, xs)
+
+
+class One(nn.Module):
+    """One norm, which reads 100 + x; a part of larger models."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return 2 * nn.BatchNorm(use_running_average=not train, name="norm")(100 + x)
+
+
+def _parts(*names):
+    """Variables of several models of one kind, each under its name; and "norm", which none has."""
+    own = One().init(jax.random.key(0), np.ones((1, 4)))
+    return {c: {"norm": own[c]["norm"], **dict.fromkeys(names, own[c])} for c in own}
+
+
+def _part(variables, name):
+    return {collection: tree[name] for collection, tree in variables.items()}
+
+
+def test_a_model_on_a_part_of_the_variables():
+    xs, variables = batches(2), _parts("encoder", "decoder")
+    run = lambda v, x, **options: One().apply(v, x, **options)
+    new = recalibrate_linen(lambda v, x: run(_part(v, "encoder"), x), variables, xs)["batch_stats"]
+    mean, var = pooled(xs)
+    np.testing.assert_allclose(new["encoder"]["norm"]["mean"], 100 + mean, rtol=1e-5)
+    np.testing.assert_allclose(new["encoder"]["norm"]["var"], var, rtol=1e-4)
+    for unused in (new["decoder"]["norm"], new["norm"]):
+        np.testing.assert_array_equal(unused["mean"], 0)
+        np.testing.assert_array_equal(unused["var"], 1)
+
+
+def test_a_model_that_runs_twice_on_a_part_of_the_variables_in_train_mode():
+    xs, variables = batches(2), _parts("encoder")
+
+    def apply(v, x):
+        own = _part(v, "encoder")
+        for shift in (0, 1):
+            _, updates = One().apply(own, x + shift, train=True, mutable=["batch_stats"])
+            own = {**own, **updates}
+
+    new = recalibrate_linen(apply, variables, xs, passes=1)["batch_stats"]
+    mean, var = pooled(xs + [x + 1 for x in xs])
+    np.testing.assert_allclose(new["encoder"]["norm"]["mean"], 100 + mean, rtol=1e-5)
+    np.testing.assert_allclose(new["encoder"]["norm"]["var"], var, rtol=1e-4)
+    np.testing.assert_array_equal(new["norm"]["mean"], 0)
+
+
+def test_a_part_of_the_variables_that_cannot_be_told_is_an_error():
+    changed = lambda v: jax.tree.map(lambda leaf: 2 * leaf, _part(v, "encoder"))
+    with pytest.raises(ValueError, match="'norm' cannot be found among the variables"):
+        recalibrate_linen(
+            lambda v, x: One().apply(changed(v), x), _parts("encoder"), batches(1), passes=1
+        )
+
+
+def test_what_apply_gets_back_from_the_model_holds_no_moments():
+    """Old and new variables have one structure, and only what was asked for comes back."""
+    xs, variables = batches(2), One().init(jax.random.key(0), np.ones((1, 4)))
+
+    def apply(v, x):
+        _, updates = One().apply(v, x, train=True, mutable=["batch_stats"])
+        changed = jax.tree.map(jnp.add, v["batch_stats"], updates["batch_stats"])
+        _, others = One().apply(v | {"batch_stats": changed}, x, mutable=["intermediates"])
+        assert not others
+
+    norm = recalibrate_linen(apply, variables, xs, passes=1)["batch_stats"]["norm"]
+    np.testing.assert_allclose(norm["mean"], 100 + pooled(xs)[0], rtol=1e-5)
+    np.testing.assert_allclose(norm["var"], pooled(xs)[1], rtol=1e-4)
+
+
+def test_a_loop_of_jax_that_carries_the_statistics_is_an_error():
+    xs, variables = batches(1), One().init(jax.random.key(0), np.ones((1, 4)))
+
+    def apply(v, x):
+        def step(held, x):
+            v_now = v | {"batch_stats": held}
+            return One().apply(v_now, x, train=True, mutable=["batch_stats"])[1]["batch_stats"], 0
+
+        return jax.lax.scan(step, v["batch_stats"], x)
+
+    with pytest.raises(ValueError, match=r"a batch norm ran where .* jax\.lax\.scan"):
+        recalibrate_linen(apply, variables, [xs[0][None]], passes=1)
+
+
+class Foreign:
+    """An array of another library, such as torch: its dtype is none of NumPy's."""
+
+    dtype = "another"
+
+    def __init__(self, value):
+        self.value = value
+
+    def __array__(self, dtype=None, copy=None):
+        return self.value
+
+
+def test_arrays_of_other_libraries_and_random_keys_in_batches():
+    xs, norm = batches(2), nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
+    foreign = [Foreign(x) for x in xs]
+    m = pooled_moments(foreign)
+    close((m.mean, m.m2 / m.count), pooled(xs))
+    m = pooled_moments([(x, Foreign(np.ones(4))) for x in foreign])
+    close((m.mean, m.m2 / m.count), pooled(xs))
+    recalibrate_nnx(norm, [(x, jax.random.key(0)) for x in foreign], lambda m, batch: m(batch[0]))
+    close((norm.mean[...], norm.var[...]), pooled(xs))
+    with pytest.raises(TypeError, match="batch holds a ndarray"):
+        recalibrate_nnx(norm, [Foreign(np.array(["cat"]))])
+
+
+def test_a_batch_that_is_not_finite_does_not_count_where_the_layer_skips_it():
+    xs = batches(3)
+    damaged = xs[1].copy()
+    damaged[0, 0, 2] = np.inf
+    seen = [xs[0], damaged, xs[2]]
+    options = {"use_running_average": True, "skip_nonfinite": True}
+    model = jbn.linen.BatchNorm(**options)
+    new = recalibrate_linen(model.apply, model.init(jax.random.key(0), xs[0]), seen)["batch_stats"]
+    close((new["mean"], new["var"]), pooled([xs[0], xs[2]]))
+    norm = jbn.nnx.BatchNorm(4, **options, rngs=nnx.Rngs(0))
+    recalibrate_nnx(norm, seen)
+    close((norm.mean[...], norm.var[...]), pooled([xs[0], xs[2]]))
+    model = jbn.linen.BatchNorm(use_running_average=True)
+    new = recalibrate_linen(model.apply, model.init(jax.random.key(0), xs[0]), seen)["batch_stats"]
+    assert not np.isfinite(new["mean"][2])
+
+
+def test_other_mappings_of_variables():
+    xs = batches(2)
+    model = nn.BatchNorm(use_running_average=True)
+    variables = model.init(jax.random.key(0), xs[0])
+    found = recalibrate_linen(model.apply, collections.defaultdict(dict, variables), xs)
+    assert isinstance(found, collections.defaultdict)
+    assert found.default_factory is dict
+    close((found["batch_stats"]["mean"], found["batch_stats"]["var"]), pooled(xs))
+    inside = {**variables, "batch_stats": types.MappingProxyType(variables["batch_stats"])}
+    for held in (types.MappingProxyType(variables), inside):
+        with pytest.raises(TypeError, match="variables hold a mappingproxy"):
+            recalibrate_linen(model.apply, held, xs)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import core, errors, linen, nnx
+from flax.nnx import bridge
 from jax import Array, lax
 from jax.core import Tracer
 
@@ -49,11 +50,13 @@ def input_moments(
         A dict from the layer's name to its moments, each of the shape of its running mean (stacked
         where the layer is), float32 or float64; the mean is complex for complex x. A layer that is
         called several times has the moments of all its calls together. A layer that reads nothing
-        is left out.
+        is left out. With skip_nonfinite, a call that reads NaN or infinity counts for nothing, as
+        in training.
 
     Raises:
         TypeError: neither a linen nor an nnx model.
-        ValueError: no batch norm was called, or one where its variables cannot change.
+        ValueError: no batch norm was called, or one where its variables cannot change, or one in
+            nnx.bridge.
     """
     if isinstance(model, nnx.Module):
         found = collect_nnx(lambda copy: copy(*args, **kwargs), nnx.clone(model))
@@ -69,15 +72,27 @@ def input_moments(
     return {"/".join(map(str, path)) or "layer": m for path, m in found.items() if _is_read(m)}
 
 
-def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
+def collect_linen(
+    run: Callable[[], Any], handed: Mapping[Path, Array] | None = None
+) -> dict[Path, Moments]:
     """The moments of each norm that `run` calls, by the layer's path in batch_stats.
 
+    Args:
+        run: function that runs the model.
+        handed: the running means of the variables that `run` was given, by path. `run` may give a
+            part of these variables to a model of its own: the array then tells the path. None for
+            the paths that the model sees.
+
     Raises:
-        ValueError: `run` called no norm, or one where its variables cannot change.
+        ValueError: `run` called no norm, or one where its variables cannot change, or one whose
+            path in `handed` cannot be told.
     """
 
     def watch(call, args, kwargs, context):
         module = context.module
+        if isinstance(module, bridge.ToLinen) and context.method_name == "__call__":
+            for path in linen_norms(module.variables.get(_COLLECTION, {})):
+                raise ValueError(_bridged("/".join(map(str, (*module.path, *path))), "nnx"))
         if not isinstance(module, linen.BatchNorm) or context.method_name != "__call__":
             return call(*args, **kwargs)
         before = module.get_variable(_COLLECTION, _VARIABLE)
@@ -86,15 +101,18 @@ def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
         # lifted transform), that one has recorded what it read.
         if before is not None and module.get_variable(_COLLECTION, _VARIABLE) is before:
             if not module.is_mutable_collection(_COLLECTION):
-                raise ValueError(_lost("/".join(module.path)))
+                raise ValueError(lost("/".join(module.path)))
             x, mask = _read_arguments(type(module).__call__, module, args, kwargs)
             module.put_variable(_COLLECTION, _VARIABLE, _record(before, module, x, mask))
         return y
 
     found: dict[Path, Moments] = {}
-    with _linen_scopes() as scopes, jbn_linen.intercept_methods(watch):
-        run()
-    for scope, nothing in scopes:
+    with _linen_scopes(handed) as scopes, jbn_linen.intercept_methods(watch):
+        try:
+            run()
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(lost()) from error
+    for scope, nothing, paths in scopes:
         for path, norm in linen_norms(scope.variables()[_COLLECTION]).items():
             if _VARIABLE not in norm:  # Flax has made it, as it may in a mutable collection
                 raise ValueError(
@@ -102,14 +120,32 @@ def collect_linen(run: Callable[[], Any]) -> dict[Path, Moments]:
                     f"variables, expected both in '{_COLLECTION}': look at them with jbn.health"
                 )
             m = norm[_VARIABLE]
-            if m is not nothing[path]:
-                found[path] = merge(found[path], m) if path in found else m
+            if m is nothing[path]:
+                continue
+            own = paths[path]
+            if own is None:
+                raise ValueError(
+                    f"the batch norm {'/'.join(map(str, path))!r} cannot be found among the "
+                    "variables: give the model the arrays of `variables` themselves, or all norms "
+                    "of them under their own names"
+                )
+            m = _outside(m, own)
+            found[own] = merge(found[own], m) if own in found else m
     return _some(found)
 
 
+def _outside(m, path):
+    """The moments, where no transform of JAX's has kept them inside."""
+    try:
+        return jax.tree.map(lambda v: jnp.copy(v) if isinstance(v, Tracer) else v, m)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(lost("/".join(map(str, path)))) from error
+
+
 @contextlib.contextmanager
-def _linen_scopes():
-    """Give each norm its variable of moments wherever a model meets its variables, and list these.
+def _linen_scopes(handed):
+    """Give each norm its variable of moments wherever a model meets its variables, and list these:
+    the scope, the moments of nothing, and the path of each norm in `handed`.
 
     The model may be run without mutable=["batch_stats"], and Flax intercepts no method of a class
     that nn.remat or the like has made. What every `apply` and `bind` calls is `flax.core.bind`,
@@ -118,18 +154,40 @@ def _linen_scopes():
     the outermost module again from an interceptor draws other random numbers, and misses nn.remat.
     """
     scopes, thread, original = [], threading.get_ident(), core.scope.bind
+    known = {id(mean): (mean, path) for path, mean in (handed or {}).items()}
+
+    def path_of(path, mean, norms):
+        """The path in `handed`. Where all norms are there, a new mean has the path of the old."""
+        is_whole = handed is None or set(norms) == set(handed)
+        return known.get(id(mean), (mean, path if is_whole else None))[1]
 
     def bind(variables, rngs=None, mutable=False, flags=None):
         if threading.get_ident() != thread or not variables.get(_COLLECTION):
             return original(variables, rngs, mutable, flags)
-        mutable = core.scope.union_filters(mutable, _COLLECTION)
         statistics: Any = core.unfreeze(variables[_COLLECTION])
         norms: dict[Path, Any] = linen_norms(statistics)
+        paths = {path: path_of(path, norm["mean"], norms) for path, norm in norms.items()}
         nothing = {path: empty(norm["mean"]) for path, norm in norms.items()}
         for path, norm in norms.items():
             norm[_VARIABLE] = nothing[path]
-        scope = original({**variables, _COLLECTION: statistics}, rngs, mutable, flags)
-        scopes.append((scope, nothing))
+        variables = {**variables, _COLLECTION: statistics}
+        scope = original(variables, rngs, core.scope.union_filters(mutable, _COLLECTION), flags)
+
+        def mutable_variables():
+            """What the caller of `apply` asked for, without the moments."""
+            every = type(scope).mutable_variables(scope)
+            asked = {c: tree for c, tree in every.items() if core.scope.in_filter(mutable, c)}
+            if _COLLECTION in asked:
+                updated: Any = asked[_COLLECTION]
+                asked[_COLLECTION] = updated = core.unfreeze(updated)
+                norms: dict[Path, Any] = linen_norms(updated)
+                for path, norm in norms.items():
+                    norm.pop(_VARIABLE, None)
+                    known[id(norm["mean"])] = (norm["mean"], paths.get(path))
+            return core.freeze(asked) if isinstance(every, core.FrozenDict) else asked
+
+        scope.mutable_variables = mutable_variables
+        scopes.append((scope, nothing, paths))
         return scope
 
     core.scope.bind = core.bind = bind
@@ -147,8 +205,14 @@ def collect_nnx(run: Callable[[nnx.Module], Any], copy: nnx.Module) -> dict[Path
         copy: of the model; its norms are changed.
 
     Raises:
-        ValueError: `run` called no norm, or one where its variables cannot change.
+        ValueError: `run` called no norm, or one where its variables cannot change, or a linen one.
     """
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, linen.BatchNorm) and context.method_name == "__call__":
+            raise ValueError(_bridged("/".join(context.module.path) or "layer", "linen"))
+        return call(*args, **kwargs)
+
     norms: dict[Any, Any] = nnx_norms(copy)
     nothing = {path: empty(norm.mean[...]) for path, norm in norms.items()}
     for path, norm in norms.items():
@@ -158,13 +222,14 @@ def collect_nnx(run: Callable[[nnx.Module], Any], copy: nnx.Module) -> dict[Path
     called: set[Path] = set()
     token = _CALLED.set(called)
     try:
-        run(copy)
+        with jbn_linen.intercept_methods(watch):
+            run(copy)
     finally:
         _CALLED.reset(token)
     found = {path: getattr(norm, _VARIABLE).get_value() for path, norm in norms.items()}
     found = {path: m for path, m in found.items() if m.mean is not nothing[path].mean}
     for path in sorted(called - set(found), key=str):
-        raise ValueError(_lost("/".join(map(str, path))))
+        raise ValueError(lost("/".join(map(str, path))))
     return _some(found)
 
 
@@ -206,35 +271,48 @@ def statistics(variables: Any) -> dict[Path, Mapping[str, Any]]:
 
 def linen_norms(batch_stats: Mapping[str, Any], path: Path = ()) -> dict[Path, Mapping[str, Any]]:
     """Every dict of batch_stats that holds a mean and a var, by its path."""
-    if {"mean", "var"} <= set(batch_stats) and hasattr(batch_stats["mean"], "dtype"):
-        return {path: batch_stats}
-    return {
+    is_norm = {"mean", "var"} <= set(batch_stats) and hasattr(batch_stats["mean"], "dtype")
+    below = {
         at: norm
-        for key, below in batch_stats.items()
-        if isinstance(below, Mapping)
-        for at, norm in linen_norms(below, (*path, key)).items()
+        for key, held in batch_stats.items()
+        if isinstance(held, Mapping)
+        for at, norm in linen_norms(held, (*path, key)).items()
     }
+    return {path: batch_stats, **below} if is_norm else below
 
 
 @functools.cache
 def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """A subclass of a norm's class that records what the library's batch norm in it reads."""
-    library = next(c for c in kind.__mro__ if c.__module__.split(".")[0] in ("flax", "jbn"))
+    """A subclass of a norm's class that records what the library's batch norm in it reads.
 
-    class Recording(library):
+    A subclass of the user's keeps its own __call__; its super().__call__ is the recording one. If
+    it calls none, what it reads itself is recorded.
+    """
+    library = next(c for c in kind.__mro__ if c.__module__.split(".")[0] in ("flax", "jbn"))
+    recorder = _recorder(library)
+    if kind is library:
+        return recorder
+    return _recorder(type(kind.__name__, (kind, recorder), {}))
+
+
+def _recorder(kind):
+    class Recorder(kind):
+        @functools.wraps(kind.__call__)
         def __call__(self, *args, **kwargs):
-            y = super().__call__(*args, **kwargs)
-            x, mask = _read_arguments(library.__call__, self, args, kwargs)
             moments = getattr(self, _VARIABLE)
+            before = moments.get_value()
+            y = super().__call__(*args, **kwargs)
+            if moments.get_value().mean is not before.mean:
+                return y
+            x, mask = _read_arguments(kind.__call__, self, args, kwargs)
             _CALLED.get().add(self.input_path)
             try:
-                moments.set_value(_record(moments.get_value(), self, x, mask))
+                moments.set_value(_record(before, self, x, mask))
             except errors.TraceContextError as error:
-                raise ValueError(_lost("/".join(map(str, self.input_path)))) from error
+                raise ValueError(lost("/".join(map(str, self.input_path)))) from error
             return y
 
-    # A subclass of the user's keeps its own __call__; its super().__call__ is the recording one.
-    return Recording if kind is library else type(kind.__name__, (kind, Recording), {})
+    return Recorder
 
 
 def _read_arguments(function, layer, args, kwargs):
@@ -263,6 +341,9 @@ def _record(total, norm, x, mask):
     m = lax.stop_gradient(jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
     wide = jnp.result_type(total.mean.dtype, jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
     m = Moments(m.count.astype(total.count.dtype), m.mean.astype(wide), m.m2.astype(total.m2.dtype))
+    if getattr(norm, "skip_nonfinite", False):
+        finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
+        m = jax.tree.map(lambda v: jnp.where(finite, v, jnp.zeros_like(v)), m)
     return _add(lax.stop_gradient(total), m)
 
 
@@ -308,11 +389,20 @@ def empty(mean: Array) -> Moments:
     return Moments(zeros, jnp.zeros(mean.shape, jnp.promote_types(zeros.dtype, mean.dtype)), zeros)
 
 
-def _lost(name):
+def lost(name: str | None = None) -> str:
+    """The message for a norm whose moments cannot come out of the model."""
+    which = "a batch norm" if name is None else f"the batch norm {name!r}"
     return (
-        f"the batch norm {name!r} ran where its variables cannot change, so what it read is lost: "
-        "use the transforms of nn or nnx there instead of jax's, and let them carry or stack the "
-        "running statistics (not broadcast them in a scan)"
+        f"{which} ran where its variables cannot change, so what it read is lost: use the "
+        "transforms of nn or nnx there instead of jax's (jax.jit, jax.checkpoint, jax.lax.scan), "
+        "and let them carry or stack the running statistics (not broadcast them in a scan)"
+    )
+
+
+def _bridged(name, library):
+    return (
+        f"the batch norm {name!r} is one of flax.{library} inside nnx.bridge, where what it reads "
+        "is not recorded: expected all norms to be of the library of the model"
     )
 
 

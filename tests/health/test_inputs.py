@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from flax.nnx import bridge
 
 import jbn
 import jbn.linen
@@ -340,3 +341,107 @@ def test_what_reads_nothing_is_left_out_and_no_norm_at_all_is_an_error():
         health.input_moments(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), X)
     with pytest.raises(TypeError, match="model is a int"):
         health.input_moments(3, X)
+
+
+def _in_loop(f):
+    return lambda x: jax.lax.scan(lambda carry, x: (carry, f(x)), 0, x)[1]
+
+
+class Raw(nn.Module):
+    """Its norm runs inside a transform of JAX's, and before or after that outside."""
+
+    transform: object
+    order: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        inside = norm if self.is_initializing() else self.transform(lambda x: norm(x))
+        for is_inside in self.order:
+            x = inside(x) if is_inside else norm(x)
+        return x
+
+
+@pytest.mark.parametrize("order", [(True,), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("transform", [jax.checkpoint, jax.jit, _in_loop])
+def test_a_linen_norm_inside_a_transform_of_jax_is_named(transform, order):
+    model = Raw(transform, order)
+    variables = model.init(jax.random.key(0), X)
+    name = "the batch norm 'norm'" if sum(order) == len(order) == 1 else ".*"
+    with pytest.raises(ValueError, match=f"{name} ran where its variables cannot change"):
+        health.input_moments(model, variables, X)
+
+
+def test_a_linen_norm_inside_vmap_of_jax_has_the_moments_of_it_all():
+    model = Raw(jax.vmap, (True, False))
+    m = health.input_moments(model, model.init(jax.random.key(0), X), X)["norm"]
+    close(m, np.concatenate([X, X / np.sqrt(1 + 1e-5)]))
+
+
+class OwnNnx(nnx.BatchNorm):
+    """Computes all by itself."""
+
+    def __call__(self, x):
+        return (x - self.mean[...]) / jnp.sqrt(self.var[...] + self.epsilon)
+
+
+class AroundNnx(nnx.BatchNorm):
+    """Calls another norm in place of its base class."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.inner = nnx.BatchNorm(*args, **options)
+
+    def __call__(self, x):
+        return self.inner(2 * x)
+
+
+class Around(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True, name="inner")(2 * super().__call__(x))
+
+
+def test_a_subclass_with_a_call_of_its_own_has_the_moments_of_what_it_reads():
+    options = {"use_running_average": True, "rngs": nnx.Rngs(0)}
+    found = health.input_moments(
+        nnx.Sequential(OwnNnx(4, **options), nnx.BatchNorm(4, **options)), X
+    )
+    assert sorted(found) == ["layers/0", "layers/1"]
+    close(found["layers/0"], X)
+    close(found["layers/1"], X / np.sqrt(1 + 1e-5))
+
+
+def test_a_norm_inside_a_norm_is_found():
+    found = health.input_moments(AroundNnx(4, use_running_average=True, rngs=nnx.Rngs(0)), X)
+    close(found["layer"], X)
+    close(found["inner"], 2 * X)
+    norm = Around(use_running_average=True)
+    found = health.input_moments(norm, norm.init(jax.random.key(0), X), X)
+    close(found["layer"], X)
+    close(found["inner"], 2 * X / np.sqrt(1 + 1e-5))
+
+
+class HoldingLinen(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.second = bridge.ToNNX(nn.BatchNorm(use_running_average=True), rngs=rngs).lazy_init(X)
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+class HoldingNnx(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="first")(x)
+        options = {"use_running_average": True}
+        return bridge.ToLinen(nnx.BatchNorm, args=(4,), kwargs=options, name="second")(x)
+
+
+def test_a_norm_of_the_other_library_is_named():
+    with pytest.raises(ValueError, match=r"'layer' is one of flax\.linen inside nnx\.bridge"):
+        health.input_moments(HoldingLinen(nnx.Rngs(0)), X)
+    variables = HoldingNnx().init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"'second' is one of flax\.nnx inside nnx\.bridge"):
+        health.input_moments(HoldingNnx(), variables, X)
