@@ -2,9 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from jbn.core import validate
-from jbn.types import Moments
-
 
 class Batch(NamedTuple):
     """What one batch of a layer's input looked like: per channel, its mean and biased variance."""
@@ -17,8 +14,7 @@ class Measured(NamedTuple):
     """Arrays of the shape of the features; drift and spread are None where no batch is known.
 
     Attributes:
-        drift: (batch mean - running mean) / running standard deviation. Of a complex layer drift
-            and one_sided are magnitudes.
+        drift: (batch mean - running mean) / running standard deviation.
         spread: batch standard deviation / running standard deviation.
         input_var: variance of the input, of the batch if it is known, else the running one.
         signal: standard deviation of the normalized value in training,
@@ -51,7 +47,7 @@ def measure(scale, bias, running: Batch, batch: Batch | None, eps: float, xp: An
     batch_mean, batch_var = running
     if batch is not None:
         batch_mean, batch_var = batch
-        drift, spread = _real(batch_mean - running.mean, xp) / std, xp.sqrt(batch_var) / std
+        drift, spread = (batch_mean - running.mean) / std, xp.sqrt(batch_var) / std
     gain = 1 / xp.sqrt(running.var + eps)
     gain = gain if scale is None else scale * gain
     output_mean = gain * (batch_mean - running.mean)
@@ -62,22 +58,5 @@ def measure(scale, bias, running: Batch, batch: Batch | None, eps: float, xp: An
         input_var=batch_var,
         signal=xp.sqrt(batch_var / (batch_var + eps)),
         ratio=xp.abs(running.mean) / std,
-        one_sided=_real(output_mean, xp) / (xp.abs(gain) * xp.sqrt(batch_var)),
+        one_sided=output_mean / (xp.abs(gain) * xp.sqrt(batch_var)),
     )
-
-
-def check_moments(moments: Moments, shape: tuple[int, ...], layer: str) -> None:
-    """Refuse what are no moments of this layer's input; their mean may be complex."""
-    name = f"moments of {layer}"
-    if isinstance(moments, Moments) and hasattr(moments.mean, "real"):
-        validate.moments(moments._replace(mean=moments.mean.real), name)
-    else:
-        validate.moments(moments, name)
-    if moments.mean.shape != shape:
-        raise ValueError(
-            f"{name} have shape {moments.mean.shape}, expected {shape}: those of the layer's input"
-        )
-
-
-def _real(values, xp):
-    return xp.abs(values) if xp.iscomplexobj(values) else values

@@ -3,8 +3,7 @@ a checkpoint of these. Only reading is done here; judging is done in findings.py
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,98 +40,23 @@ def find(variables: Any) -> tuple[dict[str, Layer], dict[str, str]]:
 
     Returns:
         A dict from the path, joined by "/", to the layer, and one from the paths of damaged layers
-        to what is wrong with them: a mean or var that is missing, or a value that is no array of
-        numbers. Names of collections are left out of the path, unless two would be the same.
+        to what is wrong with them: a mean or var that is missing or is no array of real numbers.
     """
     values = leaves(variables)
-    collections = _collections(variables, values)
     found, damaged = {}, {}
     for at in dict.fromkeys(path if v is _EMPTY else path[:-1] for path, v in values.items()):
         own = {name: values.get((*at, name), _MISSING) for name in Layer._fields}
-        learned = list(at)
-        for i in [i for i in collections(at) if at[i] in _STATISTICS][-1:]:
-            learned[i] = "params"
-        whole = dict(own)
-        for key in ("scale", "bias"):
-            if own[key] is _MISSING:
-                whole[key] = values.get((*learned, key), _MISSING)
-        wrong = {key: text for key, v in whole.items() if (text := _wrong(key, v))}
+        name = "/".join(key for key in at if key not in _STATISTICS) or "layer"
+        wrong = {key: text for key in ("mean", "var") if (text := _wrong(own[key]))}
         if not wrong:
-            absent = {k: None for k, v in whole.items() if v is _MISSING or v is _EMPTY}
-            found[at] = Layer(**(whole | absent))
-        elif not {"mean", "var"} & set(wrong) or _is_norm(at, own, values):
-            damaged[at] = " and ".join(f"{key} {text}" for key, text in wrong.items())
-    # The parameters of a norm are no norm of their own.
-    is_copy = lambda at: any(at[i] == "params" for i in collections(at))
-    short = lambda at: _without(at, collections)
-    known = {short(at) for at in (*found, *damaged) if not is_copy(at)}
-    damaged = {at: t for at, t in damaged.items() if not (is_copy(at) and short(at) in known)}
-    names = _named([*found, *damaged], collections)
-    return (
-        {names[at]: layer for at, layer in found.items()},
-        {names[at]: text for at, text in damaged.items()},
-    )
-
-
-def parameters(tree: Any) -> dict[str, Any]:
-    """What a tree holds, by path joined by "/", without the names of collections."""
-    values = leaves(tree)
-    names = _named(list(values), _collections(tree, values))
-    return {names[path]: value for path, value in values.items()}
-
-
-def shortener(tree: Any) -> Callable[[Sequence[Any]], str]:
-    """A function from a path in the tree to the path joined by "/", without collections."""
-    collections = _collections(tree, leaves(tree))
-    return lambda path: "/".join(_without(tuple(map(str, path)), collections))
-
-
-def _collections(tree, paths):
-    """A function from a path to the positions of its keys that name a collection, not a module.
-
-    These stand at the root, or beside one another. A module may have the same name.
-    """
-    is_module = isinstance(tree, nnx.Module | nnx.State)
-    places = {path[: i + 1] for path in paths for i, key in enumerate(path) if key in COLLECTIONS}
-
-    def positions(path):
-        found = []
-        for i, key in enumerate(path):
-            if key not in COLLECTIONS:
-                continue
-            others = _STATISTICS if key == "params" else ("params",)
-            if any((*path[:i], other) in places for other in others) or (i == 0 and not is_module):
-                found.append(i)
-                # Below a collection of Flax all names are those of modules.
-                if key == "batch_stats" or (*path[:i], "batch_stats") in places:
-                    break
-        return found
-
-    return positions
-
-
-def _without(path, collections):
-    """The path without the names of its collections."""
-    left_out = collections(path)
-    return tuple(key for i, key in enumerate(path) if i not in left_out)
-
-
-def _named(paths, collections):
-    """Path -> name: the shortest of three of which no two are the same."""
-    texts = (
-        lambda path: "/".join(_without(path, collections)) or ("" if paths[1:] else "layer"),
-        lambda path: "/".join(path) or "layer",
-        lambda path: "/".join(map(repr, path)),
-    )
-    names: dict[tuple[str, ...], str] = {}
-    made: dict[tuple[str, ...], str] = {}
-    taken = {""}
-    for text in texts:
-        made = {path: text(path) for path in paths if path not in names}
-        counts = Counter(made.values())
-        names |= {path: n for path, n in made.items() if counts[n] == 1 and n not in taken}
-        taken |= set(names.values())
-    return made | names
+            learned = tuple("params" if key in _STATISTICS else key for key in at)
+            others = (values.get((*learned, key), own[key]) for key in ("scale", "bias"))
+            scale, bias, count = (v if is_array(v) else None for v in (*others, own["count"]))
+            found[name] = Layer(scale, bias, own["mean"], own["var"], count)
+        elif _is_norm(at, own, values):
+            name = "/".join(key for key in at if key not in COLLECTIONS) or name
+            damaged[name] = " and ".join(f"{key} {text}" for key, text in wrong.items())
+    return found, {name: text for name, text in damaged.items() if name not in found}
 
 
 def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -279,24 +203,22 @@ def _children(node):
     return node
 
 
-def is_array(value: Any, *, real: bool = True) -> bool:
-    """Whether this is an array of numbers, real or complex ones."""
-    kinds = (np.floating, np.integer) if real else (np.number,)
-    return isinstance(value, np.ndarray | np.generic | jax.Array) and any(
-        jax.numpy.issubdtype(value.dtype, kind) for kind in kinds
+def is_array(value: Any) -> bool:
+    """Whether this is an array of real numbers."""
+    return isinstance(value, np.ndarray | np.generic | jax.Array) and (
+        jax.numpy.issubdtype(value.dtype, np.floating)
+        or jax.numpy.issubdtype(value.dtype, np.integer)
     )
 
 
-def _wrong(key, value):
-    """What is wrong with a value of a layer; "" for nothing."""
-    required = key in ("mean", "var")
-    if value is _MISSING or (not required and (value is None or value is _EMPTY)):
-        return "is missing" if required else ""
-    if is_array(value, real=key in ("var", "count")):
+def _wrong(value):
+    """What is wrong with a mean or var; "" for nothing."""
+    if value is _MISSING:
+        return "is missing"
+    if is_array(value):
         return ""
     dtype = f" of {value.dtype}" if hasattr(value, "dtype") else ""
-    kind = "dict" if value is _EMPTY else type(value).__name__
-    return f"is no array of numbers but {kind}{dtype}"
+    return f"is no array of numbers but {type(value).__name__}{dtype}"
 
 
 def _is_norm(at, own, values):
@@ -304,7 +226,7 @@ def _is_norm(at, own, values):
     if any(key in _STATISTICS for key in at):
         empty = len(at) > 1 and values.get(at) is _EMPTY and at[-1] not in _STATISTICS
         return empty or own["mean"] is not _MISSING or own["var"] is not _MISSING
-    beside = any(is_array(own[name], real=False) for name in ("scale", "bias", "count"))
+    beside = any(is_array(own[name]) for name in ("scale", "bias", "count"))
     if own["mean"] is not _MISSING or own["var"] is not _MISSING:
         return beside or (own["mean"] is not _MISSING and own["var"] is not _MISSING)
     if "params" not in at or not re.match(r"Batch(Re)?[Nn]orm", at[-1]) or not beside:

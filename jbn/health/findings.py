@@ -146,8 +146,7 @@ class Numbers:
 
     Attributes:
         layer: its path.
-        scale, bias, mean, var: its variables (of the first replica, where there are several); of
-            complex ones the magnitudes, as of drift and one_sided.
+        scale, bias, mean, var: its variables (of the first replica, where there are several).
         eps: of the layer.
         updates: batches that the state has averaged; flax trees do not count them, so there it is
             known only where a channel tells: see `start_weight`.
@@ -199,13 +198,6 @@ class Numbers:
         if self.updates is not None:
             return self.updates == 0
         return bool((self.mean == 0).all() and (self.var == 1).all())
-
-
-def check_limits(limits: Limits) -> None:
-    if not isinstance(limits, Limits):
-        raise TypeError(
-            f"limits is {limits!r:.60}, expected jbn.health.Limits, such as Limits(drift=1.0)"
-        )
 
 
 def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:

@@ -158,8 +158,9 @@ def _linen_scopes(handed):
 
     def path_of(path, mean, norms):
         """The path in `handed`. Where all norms are there, a new mean has the path of the old."""
-        is_whole = handed is None or set(norms) == set(handed)
-        return known.get(id(mean), (mean, path if is_whole else None))[1]
+        if handed is None:
+            return path
+        return known.get(id(mean), (mean, path if set(norms) == set(handed) else None))[1]
 
     def bind(variables, rngs=None, mutable=False, flags=None):
         if threading.get_ident() != thread or not variables.get(_COLLECTION):
@@ -183,7 +184,8 @@ def _linen_scopes(handed):
                 norms: dict[Path, Any] = linen_norms(updated)
                 for path, norm in norms.items():
                     norm.pop(_VARIABLE, None)
-                    known[id(norm["mean"])] = (norm["mean"], paths.get(path))
+                    if paths.get(path) is not None:  # the array is held, so its id stays its own
+                        known[id(norm["mean"])] = (norm["mean"], paths[path])
             return core.freeze(asked) if isinstance(every, core.FrozenDict) else asked
 
         scope.mutable_variables = mutable_variables

@@ -6,13 +6,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jbn.core import validate
 from jbn.health import checkpoints, export, page
-from jbn.health.channels import Batch, check_moments, measure
-from jbn.health.findings import REMEDIES, Finding, Limits, Numbers, check_limits, findings
+from jbn.health.channels import Batch, measure
+from jbn.health.findings import REMEDIES, Finding, Limits, Numbers, findings
 from jbn.types import Moments, Params, State
 
 _LIMITS = Limits()
@@ -106,8 +105,7 @@ def report(
 
     Args:
         params: scale and bias, or None for either.
-        state: the running statistics; a count of None is one that is not known. Of counts for the
-            leading axes of mean, as vmap makes them, the smallest is reported.
+        state: the running statistics; a count of None is one that is not known.
         moments: of a batch of the layer's input, as from `jbn.moments`: adds drift, and lets dead
             and one-sided channels be judged by that batch. Sampling noise is allowed for as if its
             values were independent.
@@ -124,24 +122,20 @@ def report(
         A LayerReport.
 
     Raises:
-        TypeError: not Params, State, Moments and Limits, or they hold no numbers.
-        ValueError: shapes that differ, a count that is negative or not finite, eps <= 0 or momentum
-            outside [0, 1].
+        TypeError: not Params, State and Moments.  ValueError: shapes that differ, eps <= 0 or
+            momentum outside [0, 1].
     """
     validate.epsilon(eps)
     validate.update(momentum)
-    check_limits(limits)
-    if not isinstance(layer, str):
-        raise TypeError(f"layer is {layer!r}, expected a str: the name to report the layer by")
     if not isinstance(params, Params) or not isinstance(state, State):
         raise TypeError(
             f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and "
             "jbn.State"
         )
     replicas = {
-        name: _replicas(name, v, stacked)
+        name: _replicas(v, stacked)
         for name, v in (params._asdict() | state._asdict()).items()
-        if v is not None or name in ("mean", "var")
+        if v is not None
     }
     _check(replicas, moments, layer)
     with np.errstate(all="ignore"):
@@ -205,24 +199,11 @@ def _damaged(layer, text) -> LayerReport:
     return LayerReport(**numbers, findings=(missing,))
 
 
-def _replicas(name, value, stacked):
-    """float64 or complex128 with a leading axis of replicas."""
-    held = np.asarray(value)
-    if not jnp.issubdtype(held.dtype, np.number):
-        raise TypeError(f"{name} is {value!r:.60}, expected an array of numbers")
-    is_complex = np.iscomplexobj(held)
-    if is_complex and name in ("var", "count"):
-        raise TypeError(f"{name} has dtype {held.dtype}, expected real numbers")
-    dtype = np.complex128 if is_complex else np.float64
+def _replicas(value, stacked):
+    """float64 with a leading axis of replicas."""
     if not stacked and isinstance(value, jax.Array) and value.is_fully_replicated:
-        return np.stack([np.asarray(shard.data, dtype) for shard in value.addressable_shards])
-    # pmap's count has the axis of replicas; a scalar is the count of them all.
-    own_axis = stacked and not (name == "count" and not held.shape)
-    if own_axis and not held.shape:
-        raise ValueError(
-            f"{name} is a scalar, expected a leading axis of replicas: leave out stacked=True"
-        )
-    return held.astype(dtype) if own_axis else held.astype(dtype)[None]
+        return np.stack([np.asarray(shard.data, np.float64) for shard in value.addressable_shards])
+    return np.asarray(value, np.float64) if stacked else np.asarray(value, np.float64)[None]
 
 
 def _check(replicas, moments, layer):
@@ -233,19 +214,13 @@ def _check(replicas, moments, layer):
                 f"{name} has shape {value.shape[1:]}, expected that of mean, {shape}: all of the "
                 f"same layer, {layer}"
             )
-    if "count" in replicas:
-        count = replicas["count"][0]
-        if not count.size or count.shape != shape[: count.ndim]:
-            raise ValueError(
-                f"count of {layer} has shape {count.shape}, expected (), or the leading axes of "
-                f"mean, {shape}"
-            )
-        if not (np.isfinite(count) & (count >= 0)).all():
-            raise ValueError(
-                f"count of {layer} is {count}, expected the number of batches seen, or None"
-            )
     if moments is not None:
-        check_moments(moments, shape, layer)
+        validate.moments(moments)
+        if moments.mean.shape != shape:
+            raise ValueError(
+                f"moments have shape {moments.mean.shape}, expected {shape}: those of the input of "
+                f"{layer}"
+            )
 
 
 def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
@@ -254,18 +229,18 @@ def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
     mean, var, scale, bias = first["mean"], first["var"], first.get("scale"), first.get("bias")
     count = batch = None
     if moments is not None:
-        count, m2 = (np.asarray(v, np.float64) for v in (moments.count, moments.m2))
-        batch_mean = np.asarray(moments.mean)
-        batch_mean = batch_mean.astype(np.result_type(mean, batch_mean))
+        count, batch_mean, m2 = (np.asarray(v, np.float64) for v in moments)
         batch = Batch(batch_mean, m2 / count)
     if "count" in first:
-        updates = int(first["count"].min())
+        updates = int(first["count"])
     else:
         momentum, updates = _updates_of_zero_inputs(mean, var, momentum)
     beyond = (np.abs(mean) > held) | (np.sqrt(var) > held)
     return Numbers(
         layer=layer,
-        **{name: _magnitude(first.get(name)) for name in ("scale", "bias", "mean")},
+        scale=scale,
+        bias=bias,
+        mean=mean,
         var=var,
         eps=eps,
         updates=updates,
@@ -277,10 +252,6 @@ def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
         disagreement=_disagreement(replicas),
         overflow=np.isfinite(mean) & beyond,
     )
-
-
-def _magnitude(value):
-    return np.abs(value) if np.iscomplexobj(value) else value
 
 
 def _updates_of_zero_inputs(mean, var, momentum):

@@ -6,12 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from jbn.core import validate
 from jbn.health import checkpoints
-from jbn.health.channels import Batch, check_moments, measure
-from jbn.health.findings import Limits, check_limits
+from jbn.health.channels import Batch, measure
+from jbn.health.findings import Limits
 from jbn.types import Moments
 
 _LIMITS = Limits()
@@ -41,8 +40,7 @@ def metrics(
         nonfinite: how many values of the variables and moments are not finite.
         ratio: the largest |mean| / std.
         std, scale, bias: root mean squares over the channels; std is the running one.
-        missing: 1, and nothing else, for a layer whose mean or var is missing, or which holds no
-            arrays of numbers.
+        missing: 1, and nothing else, for a layer whose mean or var is missing.
     Where the batch is known, by `moments` or `previous`, signal and dead are those of the batch:
         drift: the largest distance of the batch's mean from the running one, in running standard
             deviations.
@@ -65,7 +63,7 @@ def metrics(
             change of the running ones, without moments and without a pass over activations. A layer
             that is called k times in a step updates k times, which reads as a drift up to k times
             as large: pass its moments instead.
-        momentum: of the layers, where `previous` is given; less than 1.
+        momentum: of the layers, where `previous` is given.
         gradients: tree of the gradients, with the paths of the parameters.
         pairs: the weights before each norm: a dict such as {"BatchNorm_0": "Conv_0/kernel"}, or the
             pairs of `jbn.fold.find_pairs`.
@@ -76,14 +74,12 @@ def metrics(
         A flat dict from "layer/name" to a float scalar.
 
     Raises:
-        ValueError: no batch norm in the tree or none of them in previous, moments or pairs of a
-            layer that is not there, moments or previous statistics of another shape, a weight or
-            gradient that is not there, gradients without pairs, momentum 1 with previous.
-        TypeError: moments, pairs or limits of another type.
+        ValueError: no batch norm in the tree, moments or pairs of a layer that is not there,
+            moments of another shape, a weight or gradient that is not there, gradients without
+            pairs.
     """
     validate.epsilon(eps)
     validate.update(momentum)
-    check_limits(limits)
     found, damaged = checkpoints.find(variables)
     if not found and not damaged:
         raise ValueError(
@@ -91,8 +87,8 @@ def metrics(
             "batch_stats too"
         )
     moments = moments or {}
-    before = {} if previous is None else _before(previous, found, momentum)
-    weights = _weights(pairs, variables, found)
+    before = {} if previous is None else checkpoints.find(previous)[0]
+    weights = _weights(pairs)
     for what, names in (("moments", moments), ("pairs", weights)):
         if unknown := sorted(set(names) - set(found)):
             raise ValueError(f"{what} of {unknown}, expected names among the layers: {list(found)}")
@@ -106,39 +102,12 @@ def metrics(
     for names in (known, [name for name in found if name not in known]):
         if names:
             result |= _layers(names, found, moments, before, momentum, eps, limits)
-    trees = [
-        None if tree is None else checkpoints.parameters(tree)
-        for tree in (variables, gradients, previous)
-    ]
+    trees = [_parameters(tree) for tree in (variables, gradients, previous)]
     for name, path in weights.items():
         lead = jnp.shape(found[name].mean)[:-1]
         numbers = _weight(path, lead, *trees)
         result |= {f"{name}/{key}": value for key, value in numbers.items()}
     return result
-
-
-def _before(previous, found, momentum):
-    """The layers before the update."""
-    if momentum is None or (not isinstance(momentum, Tracer) and momentum == 1):
-        raise ValueError(
-            f"momentum is {momentum} with previous, expected less than 1: such a layer takes "
-            "nothing of a batch, so pass moments instead"
-        )
-    before = checkpoints.find(previous)[0]
-    if found and not set(found) & set(before):
-        raise ValueError(
-            f"previous holds none of the layers {list(found)}, expected all variables before the "
-            "update: pass batch_stats too"
-        )
-    for name in set(found) & set(before):
-        for key in ("mean", "var"):
-            old, new = (jnp.shape(getattr(tree[name], key)) for tree in (before, found))
-            if old != new:
-                raise ValueError(
-                    f"{key} of {name} has shape {old} in previous, expected {new}: pass the "
-                    "variables of the same model"
-                )
-    return before
 
 
 def _layers(names, found, moments, before, momentum, eps, limits):
@@ -151,11 +120,8 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     shapes = {name: jnp.shape(layer.mean) or (1,) for name, layer in layers.items()}
     dtype = jnp.result_type(jnp.float32, *(layer.var for layer in layers.values()))
     width = max(shape[-1] for shape in shapes.values())
-    kinds = [v for n in names for v in (*layers[n][:3], *moments.get(n, ())) if v is not None]
-    any_complex = any(map(jnp.iscomplexobj, kinds))
-    wide = jnp.promote_types(dtype, jnp.complex64) if any_complex else dtype
 
-    def table(values, fill=0.0, dtype=dtype):
+    def table(values, fill=0.0):
         rows = []
         for name, value in values.items():
             size = shapes[name][-1]
@@ -165,7 +131,7 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         return jnp.concatenate(rows)
 
     field = lambda key, fill=0.0, of=layers: table(
-        {name: getattr(of[name], key) for name in names}, fill, dtype if key == "var" else wide
+        {name: getattr(of[name], key) for name in names}, fill
     )
     real = table({name: jnp.ones(shape, dtype) for name, shape in shapes.items()}) > 0
     scale, bias = field("scale", 1.0), field("bias")
@@ -176,9 +142,9 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         batches = {}
         for name in names:
             if name in moments:
-                batches[name] = _of_moments(name, moments[name], found[name], dtype)
+                batches[name] = _of_moments(name, moments[name], shapes[name], dtype)
             else:
-                old, new = (_running(tree[name], dtype, wide) for tree in (before, found))
+                old, new = (_running(tree[name], dtype) for tree in (before, found))
                 batches[name] = _batch(old, new, momentum)
         batch = Batch(field("mean", 0.0, batches), field("var", 1.0, batches))
         sources = {n: layers[n] if n in moments else before[n] for n in names}
@@ -190,9 +156,7 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     one_sided = m.one_sided
     if batch is not None:
         # In training the batch is normalized by its own statistics, so its mean becomes the bias.
-        own = bias / jnp.abs(scale)
-        own = jnp.abs(own) if any_complex else own
-        one_sided = jnp.where(given, one_sided, own)
+        one_sided = jnp.where(given, one_sided, bias / jnp.abs(scale))
     finite = real & jnp.stack([jnp.isfinite(v) for v in vectors]).all(0)
     dead = finite & (m.signal <= limits.constant)
     alive = finite & ~dead
@@ -207,8 +171,8 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         "nonfinite": sum((~jnp.isfinite(v)).sum(-1) for v in vectors),
         "ratio": _largest(m.ratio, alive),
         "std": rms(var),
-        "scale": rms(jnp.square(jnp.abs(scale))),
-        "bias": rms(jnp.square(jnp.abs(bias))),
+        "scale": rms(jnp.square(scale)),
+        "bias": rms(jnp.square(bias)),
     }
     if batch is not None:
         wider = jnp.exp(jnp.abs(jnp.log(jnp.maximum(m.spread, jnp.finfo(dtype).tiny))))
@@ -234,14 +198,18 @@ def _by_layer(numbers, layers, shapes):
     return result
 
 
-def _of_moments(name, moments, layer, dtype):
-    check_moments(moments, jnp.shape(layer.mean), name)
-    count, m2 = (jnp.asarray(v, dtype) for v in (moments.count, moments.m2))
-    return Batch(moments.mean, m2 / count)
+def _of_moments(name, moments, shape, dtype):
+    count, mean, m2 = (jnp.asarray(v, dtype) for v in moments)
+    if mean.shape != shape:
+        raise ValueError(
+            f"moments of {name} have shape {mean.shape}, expected {shape}: those of the layer's "
+            "input"
+        )
+    return Batch(mean, m2 / count)
 
 
-def _running(layer, dtype, wide):
-    return Batch(jnp.asarray(layer.mean, wide), jnp.asarray(layer.var, dtype))
+def _running(layer, dtype):
+    return Batch(jnp.asarray(layer.mean, dtype), jnp.asarray(layer.var, dtype))
 
 
 def _batch(old, new, momentum):
@@ -262,27 +230,25 @@ def _largest(values, where):
     return jnp.where(where.any(-1), largest, jnp.nan)
 
 
-def _weights(pairs, variables, found):
+def _weights(pairs):
     """Norm -> path of the weights before it."""
     if isinstance(pairs, Mapping):
-        weights = dict(pairs)
-    else:
-        is_sequence = isinstance(pairs, list | tuple)
-        if not is_sequence or not all(hasattr(p, "norm") and hasattr(p, "layer") for p in pairs):
-            raise TypeError(
-                f"pairs is {pairs!r:.60}, expected a dict such as "
-                "{'BatchNorm_0': 'Conv_0/kernel'}, or what jbn.fold.find_pairs returns"
-            )
-        if not pairs:
-            return {}
-        short, known = checkpoints.shortener(variables), checkpoints.parameters(variables)
-        full = lambda path: "/".join(map(str, path))
-        # Where two would have the same short name, both have their full one.
-        name = lambda path, names: short(path) if short(path) in names else full(path)
-        weights = {name(p.norm, found): name((*p.layer, "kernel"), known) for p in pairs}
-    if bad := [path for path in weights.values() if not isinstance(path, str)]:
-        raise TypeError(f"pairs holds {bad[0]!r}, expected paths such as 'Conv_0/kernel'")
-    return weights
+        return dict(pairs)
+    join = lambda path: "/".join(
+        key for key in map(str, path) if key not in checkpoints.COLLECTIONS
+    )
+    return {join(pair.norm): f"{join(pair.layer)}/kernel" for pair in pairs}
+
+
+def _parameters(tree):
+    """Path, without the names of collections -> array; None for no tree."""
+    if tree is None:
+        return None
+    leaves = checkpoints.leaves(tree)
+    return {
+        "/".join(key for key in path if key not in checkpoints.COLLECTIONS): value
+        for path, value in leaves.items()
+    }
 
 
 def _weight(path, lead, variables, gradients, previous):
