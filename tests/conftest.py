@@ -32,8 +32,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--thin",
         action="store_true",
-        help="of a parametrized test its first case and about a quarter of the others, unless it is "
-        "slow or compiles for an accelerator: for a second environment",
+        help="of a parametrized test its first case and about a quarter of the others, unless it "
+        "is slow or compiles for an accelerator: for a second environment",
     )
 
 
