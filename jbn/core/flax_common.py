@@ -143,13 +143,12 @@ def _synchronized(layer, config, x):
     axis_name = layer.axis_name
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     validate.mapped_axis(axis_name)
-    size = layer.virtual_batch_size
     return config._replace(
         axis_name=axis_name,
         axis_index_groups=None
         if axis_name is None
         else validate.groups(layer.axis_index_groups, axis_name),
-        virtual_batch_size=None if size is None else validate.virtual_batch(size, x, config.axis),
+        virtual_batch_size=validate.virtual_batch(layer.virtual_batch_size, x, config.axis),
     )
 
 

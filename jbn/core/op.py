@@ -320,7 +320,7 @@ def _local(call, module, x):
     platforms = module.platforms
     kernels, interpret = _kernels(call.implementation)
     if kernels is None:
-        if not all(isinstance(n, int) for n in x.shape):  # exported with a symbolic batch
+        if _is_symbolic(x):
             return call.on(xla)
         if len(platforms) == 1:
             return call.on(PLACEMENTS.get(platforms[0], xla))
@@ -329,6 +329,11 @@ def _local(call, module, x):
     _refuse_unsupported(call, x)
     _refuse_elsewhere(call.implementation, platforms)
     return call.on(kernels, interpret=interpret)
+
+
+def _is_symbolic(x):
+    """Whether x is exported with a symbolic batch or the like."""
+    return not all(isinstance(n, int) for n in x.shape)
 
 
 def _kernels(implementation: str) -> tuple[Any, bool]:
@@ -344,7 +349,7 @@ def _unsupported(call, x):
     if kernels is None:
         return None
     shape = x.shape[call.mapped :]
-    if not all(isinstance(n, int) for n in x.shape):
+    if _is_symbolic(x):
         return f"takes no symbolic shape such as {shape}"
     return kernels.unsupported(shape, x.dtype, call.options.axis)
 
