@@ -3,13 +3,15 @@
 Matplotlib is an extra.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
 
 from jbn import functional
+from jbn.core import validate
 from jbn.types import Params, State
 
 # The colours of every picture of jbn: jbn itself, another library, a network without batch norm,
@@ -27,7 +29,8 @@ def drift(report: Any) -> Any:
         A matplotlib Figure. A cross marks a channel that holds a NaN or an infinity.
 
     Raises:
-        ValueError: no layer of the report has moments.  ModuleNotFoundError: matplotlib is missing.
+        ValueError: no layer of the report has moments.  TypeError: no report.
+        ModuleNotFoundError: matplotlib is missing.
     """
     layers = [m for m in _layers(report) if m.drift is not None]
     if not layers:
@@ -55,7 +58,7 @@ def drift(report: Any) -> Any:
     )
     colors.set_clim(-3, 3)
     ax.set_facecolor("0.8")
-    ax.set_yticks(range(len(layers)), [m.layer for m in layers], fontsize=size)
+    ax.set_yticks(range(len(layers)), [_name(m) for m in layers], fontsize=size)
     ax.set_xlabel("channel")
     ax.locator_params(axis="x", integer=True)
     name = "drift of the mean, in running standard deviations"
@@ -91,7 +94,7 @@ def overview(report: Any) -> Any:
         A matplotlib Figure.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing.
+        TypeError: no report.  ModuleNotFoundError: matplotlib is missing.
     """
     layers = _layers(report)
     shown = layers
@@ -167,7 +170,7 @@ def _draw_findings(figure, ax, layers, size):
         ax.text(1.03, y, text, fontsize=size, va="center", color="black" if texts else "0.6")
     ax.set_xlim(-0.02, 2.1)
     ax.set_ylim(len(layers) - 0.5, -0.5)
-    names = [f"{m.layer} ({m.mean.size})" for m in layers]
+    names = [f"{_name(m)} ({m.mean.size})" for m in layers]
     ax.set_yticks(range(len(layers)), names, fontsize=size)
     ax.set_xticks([0, 1], ["first\nchannel", "last\nchannel"], fontsize=7)
     ax.set_title("what was found, at which channels", fontsize=9)
@@ -195,11 +198,11 @@ def _known(values, finite):
 
 
 def before_after(
-    x: Array,
+    x: ArrayLike | Sequence[Any],
     params: Params,
     state: State | None = None,
     *,
-    axis: int = -1,
+    axis: int | Sequence[int] = -1,
     eps: float = 1e-5,
     channels: int = 8,
 ) -> Any:
@@ -211,7 +214,7 @@ def before_after(
         state: the running statistics to normalize by, as in evaluation; None for those of x, as in
             training.
         axis, eps: as in `jbn.batch_norm_train`.
-        channels: how many to draw, the first ones.
+        channels: how many to draw, the first ones; of several feature axes, as they lie in a row.
 
     Returns:
         A matplotlib Figure.
@@ -220,24 +223,26 @@ def before_after(
         ValueError, TypeError: as `jbn.batch_norm_train`.  ModuleNotFoundError: matplotlib is
             missing.
     """
+    values = jnp.asarray(x)
+    axes, channels = validate.axis(axis, values.ndim), validate.positive(channels, "channels")
     if state is None:
-        y, _ = functional.batch_norm_train(
-            x, params, functional.init(x.shape[axis])[1], axis=axis, eps=eps
-        )
+        fresh = functional.init([values.shape[a] for a in axes])[1]
+        y, _ = functional.batch_norm_train(values, params, fresh, axis=axes, eps=eps)
     else:
-        y = functional.batch_norm_eval(x, params, state, axis=axis, eps=eps)
+        y = functional.batch_norm_eval(values, params, state, axis=axes, eps=eps)
     figure = _figure(10, 4.2)
     mode = "statistics of the batch" if state is None else "running statistics"
     figure.suptitle(f"Before and after batch norm ({mode})", fontweight="bold")
-    for ax, values, title, color in zip(
+    for ax, drawn, title, color in zip(
         figure.subplots(1, 2),
-        (x, y),
+        (values, y),
         ("before", "after"),
         (COLORS["without"], COLORS["jbn"]),
         strict=True,
     ):
-        columns = np.moveaxis(np.asarray(values, np.float64), axis, -1)
-        columns = columns.reshape(-1, columns.shape[-1])[:, :channels]
+        columns = np.moveaxis(np.asarray(drawn, np.float64), axes, range(-len(axes), 0))
+        features = columns.shape[-len(axes) :]
+        columns = columns.reshape(-1, np.prod(features))[:, :channels]
         parts = ax.violinplot(
             columns, positions=range(columns.shape[1]), showmedians=True, showextrema=False
         )
@@ -254,7 +259,7 @@ def before_after(
     return figure
 
 
-def history(states: Sequence[State], *, every: int = 1, channels: int = 8) -> Any:
+def history(states: Iterable[State], *, every: int = 1, channels: int = 8) -> Any:
     """The running mean and standard deviation over time.
 
     Args:
@@ -266,10 +271,25 @@ def history(states: Sequence[State], *, every: int = 1, channels: int = 8) -> An
         A matplotlib Figure.
 
     Raises:
-        ValueError: no states.  ModuleNotFoundError: matplotlib is missing.
+        ValueError: no states, or of different shapes.  TypeError: other things than states.
+        ModuleNotFoundError: matplotlib is missing.
     """
+    every, channels = (
+        validate.positive(value, name) for value, name in ((every, "every"), (channels, "channels"))
+    )
+    if isinstance(states, State) or not isinstance(states, Iterable):
+        raise TypeError(f"states is a {type(states).__name__}, expected a list of jbn.State")
+    states = list(states)
     if not states:
         raise ValueError("states is empty, expected the jbn.State of several steps, in order")
+    for i, state in enumerate(states):
+        if not isinstance(state, State):
+            raise TypeError(f"states[{i}] is a {type(state).__name__}, expected a jbn.State")
+        if (shape := np.shape(state.mean)) != (first := np.shape(states[0].mean)):
+            raise ValueError(
+                f"states[{i}].mean has shape {shape}, expected {first}, that of states[0]: the "
+                "states of one layer"
+            )
     means, variances = (
         np.stack([np.ravel(getattr(s, name)) for s in states])[:, :channels]
         for name in ("mean", "var")
@@ -288,8 +308,19 @@ def history(states: Sequence[State], *, every: int = 1, channels: int = 8) -> An
     return figure
 
 
-def _layers(report):
+def _layers(report) -> Any:
+    if not hasattr(report, "findings"):
+        raise TypeError(
+            f"report is a {type(report).__name__}, expected what jbn.health.report or "
+            "jbn.health.model_report returns"
+        )
     return getattr(report, "layers", (report,))
+
+
+def _name(layer):
+    """The layer's name as matplotlib shows it: not as a formula."""
+    name = "".join(c if c.isprintable() else "?" for c in layer.layer)
+    return name.replace("$", r"\$")
 
 
 def _figure(width, height):

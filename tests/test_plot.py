@@ -186,12 +186,47 @@ def test_before_and_after_draw_the_medians(axis, tmp_path):
     assert is_png(batch, tmp_path / "before_after.png")
 
 
+def test_before_and_after_of_several_axes_and_of_a_list():
+    x = X[:48].reshape(8, 2, 3, 4)
+    figure = plot.before_after(x.tolist(), jbn.init((2, 4))[0], axis=(1, 3), channels=5)
+    columns = x.swapaxes(1, 2).reshape(-1, 8)[:, :5]
+    for ax, expected in zip(figure.axes, (columns, oracle.forward(columns)[0]), strict=True):
+        medians = [segment[0, 1] for segment in ax.collections[-1].get_segments()]
+        np.testing.assert_allclose(medians, np.median(expected, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_arguments_of_the_wrong_kind():
+    params, state = jbn.init(4)
+    for kind in (plot.drift, plot.overview):
+        with pytest.raises(TypeError, match="report is a dict, expected what"):
+            kind({"report": health.report(params, state)})
+    with pytest.raises(ValueError, match="axis 7 is out of range for x of rank 2"):
+        plot.before_after(X, params, axis=7)
+    with pytest.raises(ValueError, match="channels is 0, expected at least 1"):
+        plot.before_after(X, params, channels=0)
+    for states in (state, 3, [3]):
+        with pytest.raises(TypeError, match="expected a"):
+            plot.history(states)
+    with pytest.raises(ValueError, match=r"states\[1\].mean has shape \(2,\), expected \(4,\)"):
+        plot.history([state, jbn.init(2)[1]])
+    for option in ("every", "channels"):
+        with pytest.raises(ValueError, match=f"{option} is 0, expected at least 1"):
+            plot.history([state], **{option: 0})
+
+
+def test_a_layer_name_is_no_formula(tmp_path):
+    params, state = jbn.init(4)
+    report = health.report(params, state, jbn.moments(jnp.asarray(X)), layer="a$\\b$\x1b")
+    for kind in (plot.drift, plot.overview):
+        assert is_png(kind(report), tmp_path / "name.png")
+
+
 def test_history_draws_every_recorded_step(tmp_path):
     params, state = jbn.init(4)
     states = [state]
     for _ in range(5):
         states.append(jbn.batch_norm_train(jnp.asarray(X), params, states[-1], momentum=0.5)[1])
-    figure = plot.history(states, every=10, channels=2)
+    figure = plot.history(iter(states), every=10, channels=2)
     mean, std = figure.axes
     assert len(mean.lines) == len(std.lines) == 2
     steps, values = mean.lines[1].get_data()

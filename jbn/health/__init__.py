@@ -16,11 +16,12 @@ moments of a batch; without them they are not guessed.
 
 from jbn.health.findings import Finding, Limits, Numbers
 from jbn.health.inputs import input_moments
-from jbn.health.monitor import Event, Monitor
+from jbn.health.monitor import Changes, Event, Monitor
 from jbn.health.reports import LayerReport, ModelReport, model_report, report
 from jbn.health.scalars import metrics
 
 __all__ = [
+    "Changes",
     "Event",
     "Finding",
     "LayerReport",

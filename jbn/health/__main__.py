@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from jbn.health import checkpoints, page
+from jbn.health.findings import printable
 from jbn.health.reports import ModelReport, model_report
 
 _DESCRIPTION = """Report on every batch norm of a checkpoint, or of several of one run: values that
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             from jbn import plot  # matplotlib is an extra
 
             plot.overview(last).savefig(arguments.plot, dpi=110)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         message = " ".join(str(error).split())
         parser.exit(2, f"{parser.prog}: error: {message}\n")
     return 1 if last.findings else 0
@@ -73,7 +74,7 @@ def _print(reports) -> ModelReport:
     """Print all reports; returns the last one."""
     for label, report in reports.items():
         if len(reports) > 1:
-            print(f"== {label}")
+            print(f"== {printable(label)}")
         print(report)
     return list(reports.values())[-1]
 

@@ -3,7 +3,8 @@ a checkpoint of these. Only reading is done here; judging is done in findings.py
 """
 
 import re
-from collections.abc import Mapping
+from collections import ChainMap, Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,23 +41,101 @@ def find(variables: Any) -> tuple[dict[str, Layer], dict[str, str]]:
 
     Returns:
         A dict from the path, joined by "/", to the layer, and one from the paths of damaged layers
-        to what is wrong with them: a mean or var that is missing or is no array of real numbers.
+        to what is wrong with them: a mean or var that is missing, or a value that is no array of
+        numbers. Names of collections are left out of the path, unless two would be the same.
     """
     values = leaves(variables)
+    paths = _Paths(variables, values)
     found, damaged = {}, {}
     for at in dict.fromkeys(path if v is _EMPTY else path[:-1] for path, v in values.items()):
-        own = {name: values.get((*at, name), _MISSING) for name in Layer._fields}
-        name = "/".join(key for key in at if key not in _STATISTICS) or "layer"
-        wrong = {key: text for key in ("mean", "var") if (text := _wrong(own[key]))}
+        own = {key: values.get((*at, key), _MISSING) for key in Layer._fields}
+        for key in ("scale", "bias"):
+            if own[key] is _MISSING:
+                own[key] = values.get((*paths.parameters(at), key), _MISSING)
+        wrong = {key: text for key, v in own.items() if (text := _wrong(key, v))}
         if not wrong:
-            learned = tuple("params" if key in _STATISTICS else key for key in at)
-            others = (values.get((*learned, key), own[key]) for key in ("scale", "bias"))
-            scale, bias, count = (v if is_array(v) else None for v in (*others, own["count"]))
-            found[name] = Layer(scale, bias, own["mean"], own["var"], count)
-        elif _is_norm(at, own, values):
-            name = "/".join(key for key in at if key not in COLLECTIONS) or name
-            damaged[name] = " and ".join(f"{key} {text}" for key, text in wrong.items())
-    return found, {name: text for name, text in damaged.items() if name not in found}
+            found[at] = Layer(*(v if is_array(v, real=False) else None for v in own.values()))
+        elif not {"mean", "var"} & set(wrong) or _is_norm(at, own, values, paths):
+            damaged[at] = " and ".join(f"{key} {text}" for key, text in wrong.items())
+    # The parameters of a norm that is listed by its statistics are no norm of their own.
+    known = {paths.short(at) for at in (*found, *damaged) if not paths.holds(at, "params")}
+    for at in [at for at in damaged if paths.holds(at, "params") and paths.short(at) in known]:
+        del damaged[at]
+    names = paths.names((*found, *damaged))
+    return (
+        {names[at]: layer for at, layer in found.items()},
+        {names[at]: text for at, text in damaged.items()},
+    )
+
+
+def parameters(tree: Any) -> ChainMap[str, Any]:
+    """What a tree holds, by path joined by "/", without and then with the names of collections."""
+    values = leaves(tree)
+    names = _Paths(tree, values).names(tuple(values))
+    short = {names[path]: value for path, value in values.items()}
+    return ChainMap(short, {"/".join(path): value for path, value in values.items()})
+
+
+def shortener(tree: Any) -> Callable[[Sequence[Any]], str]:
+    """A function from a path in the tree to the path joined by "/", without collections."""
+    paths = _Paths(tree, leaves(tree))
+    return lambda path: "/".join(paths.short(tuple(map(str, path))))
+
+
+class _Paths:
+    """The paths of a tree, of which some keys name collections and the others modules.
+
+    Both may have the same name. A key names a collection if it is the outermost such key of its
+    path or stands beside its counterpart ("params" beside "batch_stats" or "state"), and not if it
+    lies below a collection of Flax. The tree of an nnx module holds no collection.
+    """
+
+    def __init__(self, tree, paths):
+        self._is_module = isinstance(tree, nnx.Module | nnx.State)
+        self._keys = {
+            path[: i + 1] for path in paths for i, key in enumerate(path) if key in COLLECTIONS
+        }
+
+    def collections(self, path):
+        """The positions of the keys that name collections."""
+        found = []
+        for i, key in enumerate(path):
+            if self._is_module or key not in COLLECTIONS:
+                continue
+            others = _STATISTICS if key == "params" else ("params",)
+            if not found or any((*path[:i], other) in self._keys for other in others):
+                found.append(i)
+            if (*path[:i], "batch_stats") in self._keys:
+                break
+        return found
+
+    def holds(self, path, *names):
+        """Whether the path leads through a collection of one of these names."""
+        return any(path[i] in names for i in self.collections(path))
+
+    def parameters(self, path):
+        """From the path of a layer's statistics to that of its parameters."""
+        at = [i for i in self.collections(path) if path[i] in _STATISTICS][-1:]
+        return tuple("params" if i in at else key for i, key in enumerate(path))
+
+    def short(self, path):
+        left_out = self.collections(path)
+        return tuple(key for i, key in enumerate(path) if i not in left_out)
+
+    def names(self, paths):
+        """Path -> name: of three, each longer, the first that no other path has."""
+        texts = (
+            lambda path: "/".join(self.short(path)) or "layer",
+            lambda path: "/".join(path) or "layer",
+            lambda path: "/".join(map(repr, path)),
+        )
+        names: dict[tuple[str, ...], str] = {}
+        for text in texts:
+            made = {path: text(path) for path in paths if path not in names}
+            counts = Counter(made.values())
+            taken = set(names.values())
+            names |= {path: n for path, n in made.items() if counts[n] == 1 and n not in taken}
+        return {path: names[path] for path in paths}
 
 
 def leaves(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -203,30 +282,32 @@ def _children(node):
     return node
 
 
-def is_array(value: Any) -> bool:
-    """Whether this is an array of real numbers."""
-    return isinstance(value, np.ndarray | np.generic | jax.Array) and (
-        jax.numpy.issubdtype(value.dtype, np.floating)
-        or jax.numpy.issubdtype(value.dtype, np.integer)
+def is_array(value: Any, *, real: bool = True) -> bool:
+    """Whether this is an array of numbers, real or complex ones."""
+    kinds = (np.floating, np.integer) if real else (np.number,)
+    return isinstance(value, np.ndarray | np.generic | jax.Array) and any(
+        jax.numpy.issubdtype(value.dtype, kind) for kind in kinds
     )
 
 
-def _wrong(value):
-    """What is wrong with a mean or var; "" for nothing."""
-    if value is _MISSING:
-        return "is missing"
-    if is_array(value):
+def _wrong(key, value):
+    """What is wrong with a value of a layer; "" for nothing."""
+    required = key in ("mean", "var")
+    if value is _MISSING or (not required and (value is None or value is _EMPTY)):
+        return "is missing" if required else ""
+    if is_array(value, real=key in ("var", "count")):
         return ""
     dtype = f" of {value.dtype}" if hasattr(value, "dtype") else ""
-    return f"is no array of numbers but {type(value).__name__}{dtype}"
+    kind = "dict" if value is _EMPTY else type(value).__name__
+    return f"is no array of numbers but {kind}{dtype}"
 
 
-def _is_norm(at, own, values):
+def _is_norm(at, own, values, paths):
     """Whether what lies here is a damaged batch norm, and not something else that is no norm."""
-    if any(key in _STATISTICS for key in at):
+    if paths.holds(at, *_STATISTICS):
         empty = len(at) > 1 and values.get(at) is _EMPTY and at[-1] not in _STATISTICS
         return empty or own["mean"] is not _MISSING or own["var"] is not _MISSING
-    beside = any(is_array(own[name]) for name in ("scale", "bias", "count"))
+    beside = any(is_array(own[name], real=False) for name in ("scale", "bias", "count"))
     if own["mean"] is not _MISSING or own["var"] is not _MISSING:
         return beside or (own["mean"] is not _MISSING and own["var"] is not _MISSING)
     if "params" not in at or not re.match(r"Batch(Re)?[Nn]orm", at[-1]) or not beside:

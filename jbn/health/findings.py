@@ -54,6 +54,9 @@ REMEDIES = {
         "restore the last good checkpoint; with skip_nonfinite=True such a batch no longer changes "
         "the running statistics"
     ),
+    "negative count": (
+        "the variables are damaged, or the count overflowed: take it from another checkpoint"
+    ),
     "negative variance": (
         "the variables are damaged or were converted wrongly: convert them again with jbn.convert"
     ),
@@ -135,7 +138,7 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        where = f"{self.layer}{_named(self.channels)}"
+        where = f"{printable(self.layer)}{_named(self.channels)}"
         return f"{where}: {self.kind}: {self.what}. Remedy: {self.remedy}."
 
 
@@ -146,7 +149,8 @@ class Numbers:
 
     Attributes:
         layer: its path.
-        scale, bias, mean, var: its variables (of the first replica, where there are several).
+        scale, bias, mean, var: its variables (of the first replica, where there are several); of
+            complex ones the magnitudes, as of drift and one_sided.
         eps: of the layer.
         updates: batches that the state has averaged; flax trees do not count them, so there it is
             known only where a channel tells: see `start_weight`.
@@ -200,6 +204,13 @@ class Numbers:
         return bool((self.mean == 0).all() and (self.var == 1).all())
 
 
+def check_limits(limits: Limits) -> None:
+    if not isinstance(limits, Limits):
+        raise TypeError(
+            f"limits is {limits!r:.60}, expected jbn.health.Limits, such as Limits(drift=1.0)"
+        )
+
+
 def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:
     """All that is over a limit. A broken, dead or pruned channel is named for that alone."""
     fine = m.finite & (m.var >= 0) & ~m.overflow
@@ -222,7 +233,7 @@ def findings(m: Numbers, limits: Limits) -> tuple[Finding, ...]:
 
 
 def _broken(m) -> Iterator[Finding]:
-    if not m.finite.all():
+    if any(m.nonfinite.values()):
         counts = ", ".join(f"{n} in {name}" for name, n in m.nonfinite.items() if n)
         yield _finding(m, "not finite", ~m.finite, f"NaN or infinity ({counts})")
     negative = m.finite & (m.var < 0)
@@ -238,7 +249,9 @@ def _broken(m) -> Iterator[Finding]:
 
 
 def _updates(m, limits) -> Iterator[Finding]:
-    if m.never_updated:
+    if m.updates is not None and m.updates < 0:
+        yield _finding(m, "negative count", (), f"{m.updates} batches averaged")
+    elif m.never_updated:
         what = "the running statistics are those of initialization"
         yield _finding(m, "never updated", (), what)
     elif m.start_weight is not None and m.start_weight > limits.start:
@@ -299,6 +312,11 @@ def _replicas(m, limits) -> Iterator[Finding]:
             "median replica"
         )
         yield _finding(m, "replicas disagree", (), what)
+
+
+def printable(name: str) -> str:
+    """A name from a checkpoint, with control characters escaped: they could move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _finding(m, kind, channels, what):

@@ -341,7 +341,7 @@ def _record(total, norm, x, mask):
         m = Moments(m.count, lax.complex(m.mean, imaginary.mean), m.m2 + imaginary.m2)
     # Of the types of the total, which may be what a loop carries. Nothing is differentiated.
     m = lax.stop_gradient(jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
-    wide = jnp.result_type(total.mean.dtype, jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+    wide = np.result_type(total.mean.dtype, np.complex64 if jnp.iscomplexobj(x) else np.float32)
     m = Moments(m.count.astype(total.count.dtype), m.mean.astype(wide), m.m2.astype(total.m2.dtype))
     if getattr(norm, "skip_nonfinite", False):
         finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()

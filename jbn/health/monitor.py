@@ -13,10 +13,12 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jbn.core import validate
 from jbn.health import export, page
-from jbn.health.findings import REMEDIES, Finding, Limits
+from jbn.health.findings import REMEDIES, Finding, Limits, check_limits, printable
 from jbn.health.reports import ModelReport
 
 _LIMITS = Limits()
@@ -76,7 +78,8 @@ class Event(Finding):
     back: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.layer}: {self.kind}: {self.what}" if self.back else super().__str__()
+        back = f"{printable(self.layer)}: {self.kind}: {self.what}"
+        text = back if self.back else super().__str__()
         return f"step {self.step}: {text}"
 
 
@@ -105,7 +108,15 @@ class Monitor:
 
         Raises:
             ValueError: keep smaller than what `changes` compares with.
+            TypeError: arguments of another type.
         """
+        check_limits(limits)
+        if not isinstance(changes, Changes):
+            raise TypeError(
+                f"changes is {changes!r:.60}, expected jbn.health.Changes, such as "
+                "Changes(warmup=100)"
+            )
+        keep = validate.positive(keep, "keep")
         if keep < max(changes.history, changes.warmup, changes.steps + 1):
             raise ValueError(
                 f"keep is {keep}, expected at least {max(changes[:2])}: what changes.history and "
@@ -164,7 +175,7 @@ class Monitor:
         """Take the metrics of a step.
 
         Args:
-            step: of the run, not smaller than the one before.
+            step: of the run, an int not smaller than the one before.
             metrics: name -> scalar, as from `jbn.health.metrics`. Others, such as a loss, are kept
                 and not judged. One transfer brings them all to the host.
 
@@ -172,19 +183,30 @@ class Monitor:
             What crossed a limit at this step, and what came back (`back` is True).
 
         Raises:
-            ValueError: step smaller than the last one.  TypeError: a metric that is no scalar.
+            ValueError: step smaller than the last one.  TypeError: a metric that is no scalar, or
+                other arguments of the wrong type. Nothing of the step is kept then.
         """
+        try:
+            step = validate.index(step)
+        except TypeError:
+            raise TypeError(f"step is {step!r:.60}, expected an int") from None
+        if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+            raise TypeError(
+                f"metrics is {metrics!r:.60}, expected a dict from names to scalars, as from "
+                "jbn.health.metrics"
+            )
         last = max((series[-1][0] for series in self._series.values()), default=step)
         if step < last:
             raise ValueError(
                 f"step is {step} after step {last}, expected steps in order: a run that starts "
                 "again from an earlier step takes a Monitor of its own"
             )
+        values = {name: _scalar(name, v) for name, v in jax.device_get(dict(metrics)).items()}
         layers: dict[str, dict[str, float]] = {}
-        for name, value in jax.device_get(dict(metrics)).items():
+        for name, value in values.items():
             layer, _, key = name.rpartition("/")
-            layers.setdefault(layer, {})[key] = scalar = _scalar(name, value)
-            self._series.setdefault(name, deque(maxlen=self._keep)).append((step, scalar))
+            layers.setdefault(layer, {})[key] = value
+            self._series.setdefault(name, deque(maxlen=self._keep)).append((step, value))
         events = [
             event for layer, values in layers.items() for event in self._events(step, layer, values)
         ]
@@ -257,6 +279,7 @@ class Monitor:
                     "the mean of this batch is {:.3g} running standard deviations from the running"
                 )
                 yield what.format(v["drift"]) + f" mean, the limit is {bound:.3g}"
+        if "spread" in v:
             log = math.log(v["spread"]) if v["spread"] > 0 else math.nan
             bound = self._bound(f"{layer}/spread", log, changes.drift, math.log(limits.spread))
             if bound is not None:
@@ -341,6 +364,8 @@ class Monitor:
             for (before, old), (now, new) in pairwise(series)
             if now > before
         ]
+        if len(slopes) < 4:
+            return False
         last = slopes[-3:]
         slope = last[-1]
         tolerance = 2e-4 * abs(slope) + 2e-7
@@ -352,6 +377,8 @@ class Monitor:
 
 
 def _scalar(name, value):
-    if np.shape(value) != () or not np.issubdtype(np.result_type(value), np.number):
-        raise TypeError(f"metric {name!r} is {value!r}, expected a scalar")
-    return float(value)
+    array = np.asarray(value)
+    real = any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_))
+    if array.shape or not real:
+        raise TypeError(f"metric {name!r} is {value!r:.60}, expected a scalar")
+    return float(array)

@@ -6,12 +6,21 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jbn.core import validate
 from jbn.health import checkpoints, export, page
-from jbn.health.channels import Batch, measure
-from jbn.health.findings import REMEDIES, Finding, Limits, Numbers, findings
+from jbn.health.channels import Batch, check_moments, measure, moments_by_layer
+from jbn.health.findings import (
+    REMEDIES,
+    Finding,
+    Limits,
+    Numbers,
+    check_limits,
+    findings,
+    printable,
+)
 from jbn.types import Moments, Params, State
 
 _LIMITS = Limits()
@@ -81,7 +90,7 @@ class ModelReport:
     def __str__(self) -> str:
         rows = [("layer", "channels", *self.layers[0].summary())] if self.layers else []
         for m in self.layers:
-            rows.append((m.layer, str(m.signal.size), *map(_cell, m.summary().values())))
+            rows.append((printable(m.layer), str(m.signal.size), *map(_cell, m.summary().values())))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"WARNING {finding}" for finding in self.findings]
@@ -105,7 +114,8 @@ def report(
 
     Args:
         params: scale and bias, or None for either.
-        state: the running statistics; a count of None is one that is not known.
+        state: the running statistics; a count of None is one that is not known. Of several counts,
+            as vmap makes them, the smallest is reported.
         moments: of a batch of the layer's input, as from `jbn.moments`: adds drift, and lets dead
             and one-sided channels be judged by that batch. Sampling noise is allowed for as if its
             values were independent.
@@ -122,20 +132,23 @@ def report(
         A LayerReport.
 
     Raises:
-        TypeError: not Params, State and Moments.  ValueError: shapes that differ, eps <= 0 or
-            momentum outside [0, 1].
+        TypeError: not Params, State, Moments and Limits, or they hold no numbers.
+        ValueError: shapes that differ, eps <= 0 or momentum outside [0, 1].
     """
     validate.epsilon(eps)
     validate.update(momentum)
+    check_limits(limits)
+    if not isinstance(layer, str):
+        raise TypeError(f"layer is {layer!r}, expected a str: the name to report the layer by")
     if not isinstance(params, Params) or not isinstance(state, State):
         raise TypeError(
             f"got a {type(params).__name__} and a {type(state).__name__}, expected jbn.Params and "
             "jbn.State"
         )
     replicas = {
-        name: _replicas(v, stacked)
+        name: _replicas(name, v, stacked)
         for name, v in (params._asdict() | state._asdict()).items()
-        if v is not None
+        if v is not None or name in ("mean", "var")
     }
     _check(replicas, moments, layer)
     with np.errstate(all="ignore"):
@@ -155,7 +168,7 @@ def model_report(
             layer is wherever there are a mean and a var.
         moments: of the inputs of those layers for which they are known, by the layer's name in the
             report.
-        options: the keyword arguments of `report`, for all layers.
+        options: the keyword arguments of `report` but `layer`, for all layers.
 
     Returns:
         A ModelReport.
@@ -169,11 +182,9 @@ def model_report(
             "no batch norm in these variables, expected somewhere both a mean and a var: pass "
             "batch_stats too"
         )
-    moments = moments or {}
-    if unknown := sorted(set(moments) - set(found)):
-        raise ValueError(
-            f"moments of {unknown}, expected names among the layers found: {list(found)}"
-        )
+    moments = moments_by_layer(moments, found)
+    if "layer" in options:
+        raise TypeError("model_report takes no layer: the tree names its layers")
     layers = [
         report(
             Params(v.scale, v.bias),
@@ -199,11 +210,21 @@ def _damaged(layer, text) -> LayerReport:
     return LayerReport(**numbers, findings=(missing,))
 
 
-def _replicas(value, stacked):
-    """float64 with a leading axis of replicas."""
+def _replicas(name, value, stacked):
+    """float64 or complex128 with a leading axis of replicas."""
+    held = np.asarray(value)
+    is_complex = np.iscomplexobj(held) and name not in ("var", "count")
+    if not jnp.issubdtype(held.dtype, np.number) or (np.iscomplexobj(held) and not is_complex):
+        kind = "numbers" if name not in ("var", "count") else "real numbers"
+        raise TypeError(f"{name} is {value!r:.60}, expected an array of {kind}")
+    dtype = np.complex128 if is_complex else np.float64
     if not stacked and isinstance(value, jax.Array) and value.is_fully_replicated:
-        return np.stack([np.asarray(shard.data, np.float64) for shard in value.addressable_shards])
-    return np.asarray(value, np.float64) if stacked else np.asarray(value, np.float64)[None]
+        return np.stack([np.asarray(shard.data, dtype) for shard in value.addressable_shards])
+    if stacked and not held.shape and name != "count":  # a scalar counts for all replicas
+        raise ValueError(
+            f"{name} is a scalar, expected a leading axis of replicas: leave out stacked=True"
+        )
+    return held.astype(dtype) if stacked and held.shape else held.astype(dtype)[None]
 
 
 def _check(replicas, moments, layer):
@@ -215,12 +236,7 @@ def _check(replicas, moments, layer):
                 f"same layer, {layer}"
             )
     if moments is not None:
-        validate.moments(moments)
-        if moments.mean.shape != shape:
-            raise ValueError(
-                f"moments have shape {moments.mean.shape}, expected {shape}: those of the input of "
-                f"{layer}"
-            )
+        check_moments(moments, shape, layer)
 
 
 def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
@@ -229,29 +245,37 @@ def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
     mean, var, scale, bias = first["mean"], first["var"], first.get("scale"), first.get("bias")
     count = batch = None
     if moments is not None:
-        count, batch_mean, m2 = (np.asarray(v, np.float64) for v in moments)
+        count, m2 = (np.asarray(v, np.float64) for v in (moments.count, moments.m2))
+        batch_mean = np.asarray(moments.mean)
+        batch_mean = batch_mean.astype(np.result_type(mean, batch_mean))
         batch = Batch(batch_mean, m2 / count)
     if "count" in first:
-        updates = int(first["count"])
+        counts = first["count"][np.isfinite(first["count"])]
+        updates = int(counts.min()) if counts.size else None
     else:
         momentum, updates = _updates_of_zero_inputs(mean, var, momentum)
+    start_weight = None
+    if momentum is not None and updates is not None and updates >= 0:
+        start_weight = float(momentum) ** updates
     beyond = (np.abs(mean) > held) | (np.sqrt(var) > held)
     return Numbers(
         layer=layer,
-        scale=scale,
-        bias=bias,
-        mean=mean,
+        **{name: _magnitude(first.get(name)) for name in ("scale", "bias", "mean")},
         var=var,
         eps=eps,
         updates=updates,
-        start_weight=None if updates is None or momentum is None else float(momentum) ** updates,
-        nonfinite={name: int((~np.isfinite(v)).sum()) for name, v in vectors.items()},
+        start_weight=start_weight,
+        nonfinite={name: int((~np.isfinite(v)).sum()) for name, v in replicas.items()},
         finite=np.all([np.isfinite(v).all(0) for v in vectors.values()], axis=0),
         count=count,
         **measure(scale, bias, Batch(mean, var), batch, eps, np)._asdict(),
         disagreement=_disagreement(replicas),
         overflow=np.isfinite(mean) & beyond,
     )
+
+
+def _magnitude(value):
+    return np.abs(value) if np.iscomplexobj(value) else value
 
 
 def _updates_of_zero_inputs(mean, var, momentum):

@@ -9,8 +9,8 @@ from jax import Array
 
 from jbn.core import validate
 from jbn.health import checkpoints
-from jbn.health.channels import Batch, measure
-from jbn.health.findings import Limits
+from jbn.health.channels import Batch, check_moments, measure, moments_by_layer
+from jbn.health.findings import Limits, check_limits
 from jbn.types import Moments
 
 _LIMITS = Limits()
@@ -40,7 +40,8 @@ def metrics(
         nonfinite: how many values of the variables and moments are not finite.
         ratio: the largest |mean| / std.
         std, scale, bias: root mean squares over the channels; std is the running one.
-        missing: 1, and nothing else, for a layer whose mean or var is missing.
+        missing: 1, and nothing else, for a layer whose mean or var is missing, or which holds no
+            arrays of numbers.
     Where the batch is known, by `moments` or `previous`, signal and dead are those of the batch:
         drift: the largest distance of the batch's mean from the running one, in running standard
             deviations.
@@ -63,7 +64,7 @@ def metrics(
             change of the running ones, without moments and without a pass over activations. A layer
             that is called k times in a step updates k times, which reads as a drift up to k times
             as large: pass its moments instead.
-        momentum: of the layers, where `previous` is given.
+        momentum: of the layers, where `previous` is given; less than 1.
         gradients: tree of the gradients, with the paths of the parameters.
         pairs: the weights before each norm: a dict such as {"BatchNorm_0": "Conv_0/kernel"}, or the
             pairs of `jbn.fold.find_pairs`.
@@ -74,24 +75,27 @@ def metrics(
         A flat dict from "layer/name" to a float scalar.
 
     Raises:
-        ValueError: no batch norm in the tree, moments or pairs of a layer that is not there,
-            moments of another shape, a weight or gradient that is not there, gradients without
-            pairs.
+        ValueError: no batch norm in the tree or none of them in previous, moments or pairs of a
+            layer that is not there, moments or previous statistics of another shape, a weight or
+            gradient that is not there, gradients without pairs, momentum 1 with previous.
+        TypeError: moments, pairs or limits of another type.
     """
     validate.epsilon(eps)
     validate.update(momentum)
+    check_limits(limits)
     found, damaged = checkpoints.find(variables)
     if not found and not damaged:
         raise ValueError(
             "no batch norm in these variables, expected somewhere both a mean and a var: pass "
             "batch_stats too"
         )
-    moments = moments or {}
-    before = {} if previous is None else checkpoints.find(previous)[0]
-    weights = _weights(pairs)
-    for what, names in (("moments", moments), ("pairs", weights)):
-        if unknown := sorted(set(names) - set(found)):
-            raise ValueError(f"{what} of {unknown}, expected names among the layers: {list(found)}")
+    moments = moments_by_layer(moments, found)
+    for name, given in moments.items():
+        check_moments(given, jnp.shape(found[name].mean), name)
+    before = {} if previous is None else _before(previous, found, momentum)
+    weights = _weights(pairs, variables, found)
+    if unknown := [name for name in weights if name not in found]:
+        raise ValueError(f"pairs of {unknown}, expected names among the layers: {list(found)}")
     if gradients is not None and not weights:
         raise ValueError(
             "gradients came without pairs, expected the weights before each norm: pass "
@@ -102,12 +106,39 @@ def metrics(
     for names in (known, [name for name in found if name not in known]):
         if names:
             result |= _layers(names, found, moments, before, momentum, eps, limits)
-    trees = [_parameters(tree) for tree in (variables, gradients, previous)]
+    trees = [
+        None if tree is None else checkpoints.parameters(tree)
+        for tree in (variables, gradients, previous)
+    ]
     for name, path in weights.items():
         lead = jnp.shape(found[name].mean)[:-1]
         numbers = _weight(path, lead, *trees)
         result |= {f"{name}/{key}": value for key, value in numbers.items()}
     return result
+
+
+def _before(previous, found, momentum):
+    """The layers before the update."""
+    if momentum is None or validate.scalar(momentum, "momentum") == 1:
+        raise ValueError(
+            f"momentum is {momentum} with previous, expected less than 1: such a layer takes "
+            "nothing of a batch, so pass moments instead"
+        )
+    before = checkpoints.find(previous)[0]
+    if found and not set(found) & set(before):
+        raise ValueError(
+            f"previous holds none of the layers {list(found)}, expected all variables before the "
+            "update: pass batch_stats too"
+        )
+    for name in set(found) & set(before):
+        for key in ("mean", "var"):
+            old, new = (jnp.shape(getattr(tree[name], key)) for tree in (before, found))
+            if old != new:
+                raise ValueError(
+                    f"{key} of {name} has shape {old} in previous, expected {new}: pass the "
+                    "variables of the same model"
+                )
+    return before
 
 
 def _layers(names, found, moments, before, momentum, eps, limits):
@@ -120,8 +151,11 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     shapes = {name: jnp.shape(layer.mean) or (1,) for name, layer in layers.items()}
     dtype = jnp.result_type(jnp.float32, *(layer.var for layer in layers.values()))
     width = max(shape[-1] for shape in shapes.values())
+    kinds = [v for n in names for v in (*layers[n][:3], *moments.get(n, ())) if v is not None]
+    any_complex = any(map(jnp.iscomplexobj, kinds))
+    wide = np.result_type(dtype, np.complex64) if any_complex else dtype
 
-    def table(values, fill=0.0):
+    def table(values, fill=0.0, dtype=dtype):
         rows = []
         for name, value in values.items():
             size = shapes[name][-1]
@@ -131,7 +165,7 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         return jnp.concatenate(rows)
 
     field = lambda key, fill=0.0, of=layers: table(
-        {name: getattr(of[name], key) for name in names}, fill
+        {name: getattr(of[name], key) for name in names}, fill, dtype if key == "var" else wide
     )
     real = table({name: jnp.ones(shape, dtype) for name, shape in shapes.items()}) > 0
     scale, bias = field("scale", 1.0), field("bias")
@@ -142,9 +176,10 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         batches = {}
         for name in names:
             if name in moments:
-                batches[name] = _of_moments(name, moments[name], shapes[name], dtype)
+                count, mean, m2 = map(jnp.asarray, moments[name])
+                batches[name] = Batch(mean, (m2 / count).astype(dtype))
             else:
-                old, new = (_running(tree[name], dtype) for tree in (before, found))
+                old, new = (_running(tree[name], dtype, wide) for tree in (before, found))
                 batches[name] = _batch(old, new, momentum)
         batch = Batch(field("mean", 0.0, batches), field("var", 1.0, batches))
         sources = {n: layers[n] if n in moments else before[n] for n in names}
@@ -156,7 +191,8 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     one_sided = m.one_sided
     if batch is not None:
         # In training the batch is normalized by its own statistics, so its mean becomes the bias.
-        one_sided = jnp.where(given, one_sided, bias / jnp.abs(scale))
+        own = jnp.abs(bias) if any_complex else bias
+        one_sided = jnp.where(given, one_sided, own / jnp.abs(scale))
     finite = real & jnp.stack([jnp.isfinite(v) for v in vectors]).all(0)
     dead = finite & (m.signal <= limits.constant)
     alive = finite & ~dead
@@ -171,8 +207,8 @@ def _layers(names, found, moments, before, momentum, eps, limits):
         "nonfinite": sum((~jnp.isfinite(v)).sum(-1) for v in vectors),
         "ratio": _largest(m.ratio, alive),
         "std": rms(var),
-        "scale": rms(jnp.square(scale)),
-        "bias": rms(jnp.square(bias)),
+        "scale": rms(jnp.square(jnp.abs(scale))),
+        "bias": rms(jnp.square(jnp.abs(bias))),
     }
     if batch is not None:
         wider = jnp.exp(jnp.abs(jnp.log(jnp.maximum(m.spread, jnp.finfo(dtype).tiny))))
@@ -198,18 +234,8 @@ def _by_layer(numbers, layers, shapes):
     return result
 
 
-def _of_moments(name, moments, shape, dtype):
-    count, mean, m2 = (jnp.asarray(v, dtype) for v in moments)
-    if mean.shape != shape:
-        raise ValueError(
-            f"moments of {name} have shape {mean.shape}, expected {shape}: those of the layer's "
-            "input"
-        )
-    return Batch(mean, m2 / count)
-
-
-def _running(layer, dtype):
-    return Batch(jnp.asarray(layer.mean, dtype), jnp.asarray(layer.var, dtype))
+def _running(layer, dtype, wide):
+    return Batch(jnp.asarray(layer.mean, wide), jnp.asarray(layer.var, dtype))
 
 
 def _batch(old, new, momentum):
@@ -230,25 +256,26 @@ def _largest(values, where):
     return jnp.where(where.any(-1), largest, jnp.nan)
 
 
-def _weights(pairs):
+def _weights(pairs, variables, found):
     """Norm -> path of the weights before it."""
     if isinstance(pairs, Mapping):
-        return dict(pairs)
-    join = lambda path: "/".join(
-        key for key in map(str, path) if key not in checkpoints.COLLECTIONS
-    )
-    return {join(pair.norm): f"{join(pair.layer)}/kernel" for pair in pairs}
-
-
-def _parameters(tree):
-    """Path, without the names of collections -> array; None for no tree."""
-    if tree is None:
-        return None
-    leaves = checkpoints.leaves(tree)
-    return {
-        "/".join(key for key in path if key not in checkpoints.COLLECTIONS): value
-        for path, value in leaves.items()
-    }
+        weights = dict(pairs)
+    else:
+        if not isinstance(pairs, Sequence) or not all(hasattr(pair, "norm") for pair in pairs):
+            raise TypeError(
+                f"pairs is {pairs!r:.60}, expected a dict such as "
+                "{'BatchNorm_0': 'Conv_0/kernel'}, or what jbn.fold.find_pairs returns"
+            )
+        if not pairs:
+            return {}
+        short, known = checkpoints.shortener(variables), checkpoints.parameters(variables)
+        full = lambda path: "/".join(map(str, path))
+        # Where two would have the same short name, both have their full one.
+        name = lambda path, names: short(path) if short(path) in names else full(path)
+        weights = {name(p.norm, found): name((*p.layer, "kernel"), known) for p in pairs}
+    if bad := [path for path in weights.values() if not isinstance(path, str)]:
+        raise TypeError(f"pairs holds {bad[0]!r}, expected paths such as 'Conv_0/kernel'")
+    return weights
 
 
 def _weight(path, lead, variables, gradients, previous):
@@ -256,7 +283,8 @@ def _weight(path, lead, variables, gradients, previous):
 
     def norm(tree, what):
         if path not in tree:
-            raise ValueError(f"no {path!r} in the {what}, expected one of {sorted(tree)}")
+            names = sorted(tree.maps[0])
+            raise ValueError(f"no {path!r} in the {what}, expected one of {names}")
         return tree[path]
 
     def size(value):

@@ -480,7 +480,7 @@ def test_errors_name_what_came():
     m = jbn.moments(jnp.ones((4, 2)))
     with pytest.raises(TypeError, match="got a State and a Params"):
         health.report(state, params)
-    with pytest.raises(ValueError, match=r"moments have shape \(2,\), expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"moments of layer have shape \(2,\), expected \(3,\)"):
         health.report(params, state, m)
     with pytest.raises(ValueError, match=r"scale has shape \(2,\), expected that of mean, \(3,\)"):
         health.report(jbn.init(2)[0], state)

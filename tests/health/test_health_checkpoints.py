@@ -137,6 +137,24 @@ def test_paths_that_cannot_be_written(tmp_path, capsys, option):
         assert ended(capsys, tmp_path / "good", option, tmp_path / "out.xyz")[0] == 2
 
 
+@pytest.mark.skipif(shutil.which("xelatex") is not None, reason="here LaTeX would draw it")
+def test_a_format_that_needs_what_is_not_installed(tmp_path, capsys):
+    (tmp_path / "good").write_bytes(GOOD)
+    code, lines = ended(capsys, tmp_path / "good", "--plot", tmp_path / "out.pgf")
+    assert code == 2
+    assert len(lines) == 1
+
+
+def test_control_characters_of_names_are_escaped(tmp_path, capsys):
+    layer = {"mean": np.full(2, np.nan, np.float32), "var": np.ones(2, np.float32)}
+    file = tmp_path / "names"
+    file.write_bytes(serialization.msgpack_serialize({"batch_stats": {"b\x1b[2J\nn": layer}}))
+    assert command.main([str(file)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count(r"b\x1b[2J\nn") == 2
+    assert "\x1b" not in printed
+
+
 def test_items_of_a_step_are_one_tree(tmp_path):
     import orbax.checkpoint as ocp
 

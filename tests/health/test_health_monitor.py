@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jbn import health
-from jbn.health.monitor import Changes
 
 _SPEC = importlib.util.spec_from_file_location(
     "example_watch", Path(__file__).parents[2] / "examples" / "watch.py"
@@ -164,7 +165,41 @@ def test_what_is_kept_and_what_it_refuses():
         monitor.update(150, {"a": np.zeros(3)})
     with pytest.raises(ValueError, match="keep is 10, expected at least 100"):
         health.Monitor(keep=10)
-    assert health.Monitor(keep=10, changes=Changes(warmup=5, history=10, steps=4)).active == ()
+    assert (
+        health.Monitor(keep=10, changes=health.Changes(warmup=5, history=10, steps=4)).active == ()
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "metrics", "words"),
+    [
+        ("a", {}, "step is 'a', expected an int"),
+        (1.5, {}, "step is 1.5, expected an int"),
+        (0, None, "metrics is None, expected a dict from names to scalars"),
+        (0, {3: 1.0}, "metrics is {3: 1.0}, expected a dict"),
+        *((0, {"loss": 1.0, "a": v}, "metric 'a' is ") for v in (None, "x", [1.0], 1j)),
+    ],
+)
+def test_what_is_no_metric_is_refused_whole(step, metrics, words):
+    monitor = health.Monitor()
+    with pytest.raises(TypeError, match=re.escape(words)):
+        monitor.update(step, metrics)
+    assert monitor.names == ()
+
+
+def test_metrics_of_every_scalar_type_and_without_their_companions():
+    monitor = health.Monitor()
+    values = {"a": jnp.bfloat16(2), "b": 3, "c": True, "bn/drift": 0.1, "bn/std": 1.5}
+    for _ in range(60):  # several updates of one step
+        assert monitor.update(jnp.int32(3), values) == []
+    assert [monitor.series(name)[1][-1] for name in "abc"] == [2, 3, 1]
+    assert monitor.series("a")[0].tolist() == [3] * 60
+
+
+def test_options_of_the_wrong_kind():
+    for option in ("limits", "changes", "keep"):
+        with pytest.raises(TypeError, match=f"{option} is "):
+            health.Monitor(**{option: {}})
 
 
 def test_events_say_where_and_when():
