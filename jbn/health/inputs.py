@@ -353,14 +353,17 @@ def merge(a: Moments, b: Moments) -> Moments:
     """`jbn.merge_moments`, for complex means too."""
     if not (jnp.iscomplexobj(a.mean) or jnp.iscomplexobj(b.mean)):
         return functional.merge_moments(a, b)
+    wide = np.result_type(a.mean.dtype, b.mean.dtype)
+    a, b = (v._replace(mean=v.mean.astype(wide)) for v in (a, b))
     return _pool(jax.tree.map(lambda v, w: jnp.stack(jnp.broadcast_arrays(v, w)), a, b))
 
 
 def _pool(m):
     """The moments of the union over the leading axis; the mean may be complex."""
-    count = m.count.sum(0)
-    mean = m.mean[0] + (m.count * (m.mean - m.mean[0])).sum(0) / jnp.where(count > 0, count, 1)
-    return Moments(count, mean, (m.m2 + m.count * jnp.square(jnp.abs(m.mean - mean))).sum(0))
+    count, weight = m.count.sum(0), m.count.astype(m.mean.dtype)
+    divisor = jnp.where(count > 0, count, 1).astype(m.mean.dtype)
+    mean = m.mean[0] + (weight * (m.mean - m.mean[:1])).sum(0) / divisor
+    return Moments(count, mean, (m.m2 + m.count * jnp.square(jnp.abs(m.mean - mean[None]))).sum(0))
 
 
 @jax.custom_batching.custom_vmap
