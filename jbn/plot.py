@@ -274,9 +274,7 @@ def history(states: Iterable[State], *, every: int = 1, channels: int = 8) -> An
         ValueError: no states, or of different shapes.  TypeError: other things than states.
         ModuleNotFoundError: matplotlib is missing.
     """
-    every, channels = (
-        validate.positive(value, name) for value, name in ((every, "every"), (channels, "channels"))
-    )
+    every, channels = validate.positive(every, "every"), validate.positive(channels, "channels")
     if isinstance(states, State) or not isinstance(states, Iterable):
         raise TypeError(f"states is a {type(states).__name__}, expected a list of jbn.State")
     states = list(states)

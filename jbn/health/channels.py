@@ -52,7 +52,7 @@ def measure(scale, bias, running: Batch, batch: Batch | None, eps: float, xp: An
     batch_mean, batch_var = running
     if batch is not None:
         batch_mean, batch_var = batch
-        drift, spread = _real(batch_mean - running.mean, xp) / std, xp.sqrt(batch_var) / std
+        drift, spread = magnitude(batch_mean - running.mean, xp) / std, xp.sqrt(batch_var) / std
     gain = 1 / xp.sqrt(running.var + eps)
     gain = gain if scale is None else scale * gain.astype(scale.dtype)
     output_mean = gain * (batch_mean - running.mean)
@@ -63,7 +63,7 @@ def measure(scale, bias, running: Batch, batch: Batch | None, eps: float, xp: An
         input_var=batch_var,
         signal=xp.sqrt(batch_var / (batch_var + eps)),
         ratio=xp.abs(running.mean) / std,
-        one_sided=_real(output_mean, xp) / (xp.abs(gain) * xp.sqrt(batch_var)),
+        one_sided=magnitude(output_mean, xp) / (xp.abs(gain) * xp.sqrt(batch_var)),
     )
 
 
@@ -93,5 +93,6 @@ def check_moments(moments: Moments, shape: tuple[int, ...], layer: str) -> None:
         )
 
 
-def _real(values, xp):
+def magnitude(values: Any, xp: Any) -> Any:
+    """Of complex values the magnitude; others, and None, as they are."""
     return xp.abs(values) if xp.iscomplexobj(values) else values

@@ -68,6 +68,17 @@ def find(variables: Any) -> tuple[dict[str, Layer], dict[str, str]]:
     )
 
 
+def find_some(variables: Any) -> tuple[dict[str, Layer], dict[str, str]]:
+    """`find`, where a tree without a batch norm is an error."""
+    found, damaged = find(variables)
+    if not found and not damaged:
+        raise ValueError(
+            "no batch norm in these variables, expected somewhere both a mean and a var: pass "
+            "batch_stats too"
+        )
+    return found, damaged
+
+
 def parameters(tree: Any) -> ChainMap[str, Any]:
     """What a tree holds, by path joined by "/", without and then with the names of collections."""
     values = leaves(tree)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jbn.core import validate
 from jbn.health import checkpoints, export, page
-from jbn.health.channels import Batch, check_moments, measure, moments_by_layer
+from jbn.health.channels import Batch, check_moments, magnitude, measure, moments_by_layer
 from jbn.health.findings import (
     REMEDIES,
     Finding,
@@ -176,12 +176,7 @@ def model_report(
     Raises:
         ValueError: no batch norm in the tree, or moments of a layer that is not there.
     """
-    found, damaged = checkpoints.find(variables)
-    if not found and not damaged:
-        raise ValueError(
-            "no batch norm in these variables, expected somewhere both a mean and a var: pass "
-            "batch_stats too"
-        )
+    found, damaged = checkpoints.find_some(variables)
     moments = moments_by_layer(moments, found)
     if "layer" in options:
         raise TypeError("model_report takes no layer: the tree names its layers")
@@ -260,7 +255,7 @@ def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
     beyond = (np.abs(mean) > held) | (np.sqrt(var) > held)
     return Numbers(
         layer=layer,
-        **{name: _magnitude(first.get(name)) for name in ("scale", "bias", "mean")},
+        **{name: magnitude(first.get(name), np) for name in ("scale", "bias", "mean")},
         var=var,
         eps=eps,
         updates=updates,
@@ -272,10 +267,6 @@ def _numbers(replicas, moments, layer, eps, momentum, held) -> Numbers:
         disagreement=_disagreement(replicas),
         overflow=np.isfinite(mean) & beyond,
     )
-
-
-def _magnitude(value):
-    return np.abs(value) if np.iscomplexobj(value) else value
 
 
 def _updates_of_zero_inputs(mean, var, momentum):

@@ -9,7 +9,7 @@ from jax import Array
 
 from jbn.core import validate
 from jbn.health import checkpoints
-from jbn.health.channels import Batch, check_moments, measure, moments_by_layer
+from jbn.health.channels import Batch, check_moments, magnitude, measure, moments_by_layer
 from jbn.health.findings import Limits, check_limits
 from jbn.types import Moments
 
@@ -83,12 +83,7 @@ def metrics(
     validate.epsilon(eps)
     validate.update(momentum)
     check_limits(limits)
-    found, damaged = checkpoints.find(variables)
-    if not found and not damaged:
-        raise ValueError(
-            "no batch norm in these variables, expected somewhere both a mean and a var: pass "
-            "batch_stats too"
-        )
+    found, damaged = checkpoints.find_some(variables)
     moments = moments_by_layer(moments, found)
     for name, given in moments.items():
         check_moments(given, jnp.shape(found[name].mean), name)
@@ -106,6 +101,8 @@ def metrics(
     for names in (known, [name for name in found if name not in known]):
         if names:
             result |= _layers(names, found, moments, before, momentum, eps, limits)
+    if not weights:
+        return result
     trees = [
         None if tree is None else checkpoints.parameters(tree)
         for tree in (variables, gradients, previous)
@@ -191,8 +188,7 @@ def _layers(names, found, moments, before, momentum, eps, limits):
     one_sided = m.one_sided
     if batch is not None:
         # In training the batch is normalized by its own statistics, so its mean becomes the bias.
-        own = jnp.abs(bias) if any_complex else bias
-        one_sided = jnp.where(given, one_sided, own / jnp.abs(scale))
+        one_sided = jnp.where(given, one_sided, magnitude(bias, jnp) / jnp.abs(scale))
     finite = real & jnp.stack([jnp.isfinite(v) for v in vectors]).all(0)
     dead = finite & (m.signal <= limits.constant)
     alive = finite & ~dead
