@@ -61,7 +61,7 @@ def _quickly_compiled(request):
     if request.config.getoption("optimized") or request.node.get_closest_marker("aot"):
         yield
         return
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
