@@ -8,6 +8,7 @@ deselected unless asked for (-m grid), and so is slow, which takes long.
 import contextlib
 import importlib.util
 import os
+import zlib
 
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -31,13 +32,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--thin",
         action="store_true",
-        help="of a parametrized test its first case, unless it is slow or compiles for an "
-        "accelerator: for a second environment",
+        help="of a parametrized test its first case and about a quarter of the others, unless it "
+        "is slow or compiles for an accelerator: for a second environment",
     )
     parser.addoption(
         "--optimized",
         action="store_true",
-        help="compile as users do; without it XLA leaves out what takes it long",
+        help="compile as users do; without it LLVM optimizes only what is for an accelerator",
     )
 
 
@@ -48,7 +49,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         test = item.nodeid.partition("[")[0]
         whole = test not in seen or any(map(item.get_closest_marker, ("slow", "aot")))
-        (kept if whole else dropped).append(item)
+        # Not every fourth one, which might leave one value of a parameter out.
+        (kept if whole or zlib.crc32(item.nodeid.encode()) % 4 == 0 else dropped).append(item)
         seen.add(test)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
@@ -56,13 +58,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _quickly_compiled(request):
-    """Most tests compile far longer than they compute. XLA's passes over a program stay as they
-    are; LLVM's are left out. What is compiled for an accelerator is always optimized."""
-    if request.config.getoption("optimized") or request.node.get_closest_marker("aot"):
-        yield
-        return
+    """Without LLVM's passes, as most tests compile far longer than they compute; XLA's passes stay.
+    What is compiled for an accelerator is always optimized."""
+    optimized = request.config.getoption("optimized") or request.node.get_closest_marker("aot")
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before or not optimized)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
