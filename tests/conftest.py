@@ -2,7 +2,7 @@
 
 Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
 lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
-deselected unless asked for (-m grid), and so is slow, which takes long.
+deselected unless asked for (-m grid), and so are slow and program, which take long.
 """
 
 import contextlib
@@ -10,14 +10,10 @@ import importlib.util
 import os
 import zlib
 
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import hypothesis  # noqa: E402
-import jax  # noqa: E402  the variables above are read once, at the first import
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import jaxlib
+import pytest
 
 AOT_MODULES = ("libtpu", "jax_cuda13_plugin")
 
@@ -38,8 +34,22 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimized",
         action="store_true",
-        help="compile as users do; without it LLVM optimizes only what is for an accelerator",
+        help="compile as users do; without it only what is for an accelerator is optimized",
     )
+
+
+def pytest_configure(config):
+    """What the backends read from the environment, once, when the first of them is made."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = {"--xla_force_host_platform_device_count": "8"}
+    if not config.getoption("optimized") and jaxlib.__version__.startswith("0.10."):
+        # XLA's older emitters compile for CPU in half the time. Later versions have only the newer
+        # ones, and would end the process over a flag that they do not know.
+        flags["--xla_cpu_use_fusion_emitters"] = "false"
+        flags["--xla_cpu_parallel_codegen_split_count"] = "1"
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [f"{name}={value}" for name, value in flags.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 
 def pytest_collection_modifyitems(config, items):

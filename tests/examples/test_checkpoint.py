@@ -79,7 +79,7 @@ def finished(folder):
     return int(lines[0].removeprefix("resumed at ")), lines[-2]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_a_run_killed_ten_times_ends_in_the_same_bits(tmp_path):
     """Ten times kill -9 at a random step: each run resumes where a whole checkpoint stands."""
     (tmp_path / "whole").mkdir()

@@ -21,7 +21,7 @@ def run(processes, devices, path):
         return result.stdout, result.stderr, [saved[name] for name in saved.files]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_two_processes_agree_and_equal_one(tmp_path):
     output, errors, leaves = run(2, 2, tmp_path / "two.npz")
     digests = re.findall(r"process (\d) of 2, 4 devices: loss [\d.]+, digest (\w+)", output)

@@ -62,7 +62,7 @@ def training(tmp_path_factory):
     return size + run, folder
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_killed_and_resumed_run_ends_with_the_same_bits(training):
     """Killed by a signal that cannot be caught, after a checkpoint and before the end."""
     arguments, folder = training
@@ -91,7 +91,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(training):
     assert digests[0] == digests[1]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_an_interrupt_saves_the_step_it_names_and_ends_with_one_line(training):
     arguments, folder = training
     saved = folder / "stopped"
@@ -117,7 +117,7 @@ def test_an_interrupt_saves_the_step_it_names_and_ends_with_one_line(training):
     assert f"from step {stopped[1]} to {total}" in resumed
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_the_evaluation_after_a_trial_is_as_short_as_the_trial(training):
     """Two steps of 8 images in the first epoch, so two batches of the test images."""
     arguments, folder = training
@@ -162,7 +162,7 @@ def test_image_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.aot("libtpu")
-@pytest.mark.slow
+@pytest.mark.program
 def test_compile_only(tmp_path):
     """On 256 chips the only collectives are all-reduces, none larger than all parameters."""
     arguments = [
