@@ -1,8 +1,9 @@
 """The environment of every test: 8 host devices, and JAX at its strictest around jbn's own calls.
 
-Markers (registered in pyproject.toml): x64 turns on float64; third_party leaves promotion as
-lenient as other libraries need; aot(modules) needs wheels that compile for an accelerator; grid is
-deselected unless asked for (-m grid), and so are slow and program, which take long.
+Markers (registered in pyproject.toml): x64 turns on float64; optimized turns LLVM's passes on;
+third_party leaves promotion as lenient as other libraries need; aot(modules) needs wheels that
+compile for an accelerator; grid is deselected unless asked for (-m grid), and so are slow and
+program, which take long.
 """
 
 import contextlib
@@ -31,18 +32,13 @@ def pytest_addoption(parser):
         help="of a parametrized test its first case and about a quarter of the others, unless it "
         "is slow or compiles for an accelerator: for a second environment",
     )
-    parser.addoption(
-        "--optimized",
-        action="store_true",
-        help="compile as users do; without it only what is for an accelerator is optimized",
-    )
 
 
 def pytest_configure(config):
     """What the backends read from the environment, once, when the first of them is made."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     flags = {"--xla_force_host_platform_device_count": "8"}
-    if not config.getoption("optimized") and jaxlib.__version__.startswith("0.10."):
+    if jaxlib.__version__.startswith("0.10."):
         # XLA's older emitters compile for CPU in half the time. Later versions have only the newer
         # ones, and would end the process over a flag that they do not know.
         flags["--xla_cpu_use_fusion_emitters"] = "false"
@@ -69,8 +65,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _quickly_compiled(request):
     """Without LLVM's passes, as most tests compile far longer than they compute; XLA's passes stay.
-    What is compiled for an accelerator is always optimized."""
-    optimized = request.config.getoption("optimized") or request.node.get_closest_marker("aot")
+    What is compared with float64, or compiled for an accelerator, is optimized as for users."""
+    optimized = any(map(request.node.get_closest_marker, ("optimized", "aot")))
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", before or not optimized)
     yield

@@ -88,6 +88,7 @@ FORWARD = [
 ]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("shape", "axis", "dtype", "weights", "residual", "activation"), FORWARD)
 def test_train_equals_the_oracle(shape, axis, dtype, weights, residual, activation):
     x = draw(shape, dtype, mean=0.5)
@@ -135,6 +136,7 @@ def test_train_in_float64(weights):
     assert_close(new.var, oracle.running(oracle.State(*state), m, 0.5).var, terms=30)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "axis", "dtype", "residual", "activation"),
     [
@@ -218,6 +220,7 @@ def test_eval_after_cumulative_steps():
     assert_close(state.var, np.mean([np.var(wide(x), 0, ddof=1) for x in batches], 0), terms=8)
 
 
+@pytest.mark.optimized
 def test_mean_1e4_std_1():
     """Float32 keeps x itself to 5e-4; given that x, var and y are right to float32."""
     x = draw((4096, 64), mean=1e4)
@@ -245,6 +248,7 @@ def ways_to_call(way, x, train):
     )(x)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("way", ["plain", "weights", "vmap", "shard_map"])
 def test_mean_1e4_keeps_its_digits_everywhere(way):
     """Every use of the shift must read the same number: y was off by 4e-4 here."""
@@ -274,6 +278,7 @@ def unlike_the_guess(kind):
     return jnp.asarray(x, jnp.float32), state, weights
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "kind",
     ["stale running mean", "zero first row", "masked first row", "NaN first row", "inf first row"],
@@ -291,6 +296,7 @@ def test_a_guess_far_off(kind):
     np.testing.assert_allclose(y[~read], 0, atol=1e4 * float(jnp.finfo(x.dtype).eps))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4, -7.25e5])
 def test_constant_channels(value):
     """Variance 0, never negative or NaN; y is the bias."""
@@ -488,6 +494,7 @@ def test_momentum_and_eps_are_arguments_not_constants():
     assert not np.allclose(wide(results[0]), wide(results[1]))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("weights", [None, "float"])
 def test_the_same_bits_every_time(weights):
     x = draw((64, 5, 7), "bfloat16")

@@ -66,6 +66,7 @@ def gradients(x, params, state, dy, dmean, dvar, *, momentum=0.0, **options):
     return vjp((dy, dmean, dvar))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "axis", "dtype", "weights", "residual", "activation", "mean"), CASES
 )
@@ -102,6 +103,7 @@ def test_gradients_equal_the_oracle(shape, axis, dtype, weights, residual, activ
         close(dresidual, expected.residual, rounding)
 
 
+@pytest.mark.optimized
 def test_gradients_through_given_statistics():
     """normalize: into mean and var too."""
     x, dy, residual = draw(6, 5), draw(6, 5, seed=5), draw(6, 5, seed=4)
@@ -196,6 +198,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.optimized
 @pytest.mark.x64
 @pytest.mark.parametrize(("activation", "add", "weights"), CHECKED)
 def test_check_grads(activation, add, weights):

@@ -3,10 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jbn
+
+pytestmark = pytest.mark.optimized
 
 ROWS, CHANNELS = 8, 3
 PARAMS, STATE = jbn.init(CHANNELS)

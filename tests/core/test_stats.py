@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn.core import stats
 
+pytestmark = pytest.mark.optimized
+
 
 def draw(*shape, seed=0, mean=0.0, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(mean, 1, shape), dtype)

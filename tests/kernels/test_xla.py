@@ -10,6 +10,8 @@ import jbn
 from jbn.kernels import xla
 from jbn.kernels.seam import Affine, StatsGradient
 
+pytestmark = pytest.mark.optimized
+
 SHAPE, AXIS = (6, 3, 4, 5), (1, 3)
 
 
