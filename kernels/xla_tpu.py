@@ -36,7 +36,7 @@ def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int,
     taken where `shift` is far from the mean.  Even when it is skipped, its lax.cond costs two small
     kernels and keeps x in on-chip memory for longer.  Million estimated cycles of a ResNet-50 step,
     flax's in brackets: v5e 105.3 (105.2; without the second pass 104.9), four of them 106.1
-    (106.8); v6e 55.7 (55.5), four of them 55.8 (55.9).
+    (106.8); v6e 55.2 (55.1).
 
     With a lax.while_loop it takes 105.9 on v5e.  If the cond returned the offset and m2 but the
     shift stayed as it is, 104.6, because later passes over x would not wait for the shift; but y
