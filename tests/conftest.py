@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _quickly_compiled(request):
     """Without LLVM's passes, as most tests compile far longer than they compute; XLA's passes stay.
-    What is compared with float64, or compiled for an accelerator, is optimized as for users."""
+    The main comparisons with float64, and what is for an accelerator, get both."""
     optimized = any(map(request.node.get_closest_marker, ("optimized", "aot")))
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", before or not optimized)
