@@ -1,9 +1,10 @@
-"""The four functions in jax.numpy: the specification of every kernel, and the fast path on CPU.
+"""The four functions in jax.numpy: the specification of every kernel.
 
-On CPU the time is decided by what XLA fuses into its YNNPACK reductions.  A convert, subtract or
-multiply joins a reduction only if nothing else uses its result, but common-subexpression
-elimination (CSE) makes reductions share their inputs.  `_isolate` prevents the sharing.
+CPU runs them too, with sums that share one pass over memory (`xla_cpu`).  GPU and TPU have versions
+of their own in `xla_gpu` and `xla_tpu`.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,24 @@ from jbn.kernels.seam import (
 MAX_SQUARED_MEAN = 100.0
 
 
-def fwd_stats(x: Array, shift: Array, weights: Array | None, *, axis: tuple[int, ...]) -> Stats:
+def separate_sums(axis: tuple[int, ...], *values: Array) -> tuple[Array, ...]:
+    """The per-channel sums of several arrays."""
+    return tuple(value.sum(reduced_axes(value.ndim, axis)) for value in values)
+
+
+def fwd_stats(
+    x: Array,
+    shift: Array,
+    weights: Array | None,
+    *,
+    axis: tuple[int, ...],
+    sums: Callable[..., tuple[Array, ...]] = separate_sums,
+) -> Stats:
     """Count, mean and m2 of each channel. `shift` is not used: the first pass finds the mean."""
     del shift
-    return _plain_stats(x, axis) if weights is None else _weighted_stats(x, weights, axis)
+    if weights is None:
+        return _plain_stats(x, axis, sums)
+    return _weighted_stats(x, weights, axis, sums)
 
 
 def fwd_apply(
@@ -51,23 +66,20 @@ def fwd_apply(
 
 
 def bwd_stats(
-    x: Array, dy: Array, affine: Affine, *, saved, weights, axis, activation
+    x: Array,
+    dy: Array,
+    affine: Affine,
+    *,
+    saved,
+    weights,
+    axis,
+    activation,
+    sums: Callable[..., tuple[Array, ...]] = separate_sums,
 ) -> tuple[Array, Array]:
     """The per-channel sums of dz and of dz * (x - shift)."""
     acc = accumulator(x.dtype)
-    reduced = reduced_axes(x.ndim, axis)
-    dz = _cotangent(x, dy, affine, saved, weights, axis, activation)
-    sum_dz = _isolate(3, dz).astype(acc).sum(reduced)
-    x, dz, shift = _isolate(4, x, dz, broadcastable(affine.shift, x.ndim, axis))
-    centered = lambda x, dz, shift: (dz.astype(acc) * (x.astype(acc) - shift)).sum(reduced)
-    if activation is not None and saved is None:
-        # No lax.cond here: with one, XLA would not reuse dz's buffer for dx, and the peak memory
-        # would grow by one tensor.
-        sum_dz_x = centered(x, dz, shift)
-    else:
-        # The subtraction makes this pass 1.2 to 1.6 times as long; a mean near zero has shift 0.
-        plain = lambda x, dz, shift: (dz.astype(acc) * x.astype(acc)).sum(reduced)
-        sum_dz_x = lax.cond(jnp.all(shift == 0), plain, centered, x, dz, shift)
+    dz = _cotangent(x, dy, affine, saved, weights, axis, activation).astype(acc)
+    sum_dz, sum_dz_x = sums(axis, dz, dz * (x.astype(acc) - _vectors(affine.shift, x.ndim, axis)))
     return sum_dz, sum_dz_x
 
 
@@ -95,26 +107,23 @@ def bwd_apply(
     return dx.astype(dtype), None if residual_dtype is None else dz.astype(residual_dtype)
 
 
-def _plain_stats(x, axis):
-    acc = accumulator(x.dtype)
-    reduced = reduced_axes(x.ndim, axis)
+def _plain_stats(x, axis, sums):
     count = num_values(x, axis)
-    mean = _isolate(1, x).astype(acc).sum(reduced) / count
-    square = jnp.square(_isolate(2, x).astype(acc)).sum(reduced) / count
-    var = square - mean * mean
+
+    def about(shift, x):
+        x = x.astype(accumulator(x.dtype))
+        x = x if shift is None else x - broadcastable(shift, x.ndim, axis)
+        offset, square = (total / count for total in sums(axis, x, jnp.square(x)))
+        return offset, square - offset * offset
+
+    mean, var = about(None, x)
 
     def near(x):
         return jnp.zeros_like(mean), mean, var
 
     def far(x):
         shift = round_shift(mean)
-        (x1, shift1), (x2, shift2) = _isolate(1, x, shift), _isolate(2, x, shift)
-        offset = (x1.astype(acc) - broadcastable(shift1, x.ndim, axis)).sum(reduced) / count
-        var = (
-            jnp.square(x2.astype(acc) - broadcastable(shift2, x.ndim, axis)).sum(reduced) / count
-            - offset * offset
-        )
-        return shift, offset, var
+        return shift, *about(shift, x)
 
     # The branches return `shift`. If both returned the same expression, XLA would hoist it and
     # compute it again, division and all, for every element of every pass over x.
@@ -122,23 +131,26 @@ def _plain_stats(x, axis):
     return Stats(jnp.full_like(mean, count), shift, offset, jnp.maximum(var, 0) * count)
 
 
-def _weighted_stats(x, weights, axis):
-    """By three sums; what an element of weight zero holds has no influence, even NaN."""
+def _weighted_stats(x, weights, axis, sums):
+    """In two passes; what an element of weight zero holds has no influence, even NaN."""
     acc = accumulator(x.dtype)
-    reduced = reduced_axes(x.ndim, axis)
     weights = jnp.broadcast_to(weights.astype(acc), x.shape)
-    count = weights.sum(reduced)
-    divisor = jnp.where(count > 0, count, 1)
     x = jnp.where(weights > 0, x.astype(acc), 0)
-    shift = round_shift((weights * x).sum(reduced) / divisor)
+    count, total = sums(axis, weights, weights * x)
+    divisor = jnp.where(count > 0, count, 1)
+    shift = round_shift(total / divisor)
     centered = jnp.where(weights > 0, x - broadcastable(shift, x.ndim, axis), 0)
-    offset = (weights * centered).sum(reduced) / divisor
-    m2 = (weights * jnp.square(centered)).sum(reduced) - count * jnp.square(offset)
-    return Stats(count, shift, offset, jnp.maximum(m2, 0))
+    offset, m2 = sums(axis, weights * centered, weights * jnp.square(centered))
+    offset = offset / divisor
+    return Stats(count, shift, offset, jnp.maximum(m2 - count * jnp.square(offset), 0))
 
 
 def _cotangent(x, dy, affine, saved, weights, axis, activation):
-    """dz, written to memory once for the three passes over it; finite where the weight is zero."""
+    """dz, finite where the weight is zero.
+
+    With a residual, whose cotangent it is, it is written to memory once for three passes; else each
+    pass makes it from x.
+    """
     acc = accumulator(x.dtype)
     dz = dy
     if activation is not None:
@@ -156,7 +168,7 @@ def _cotangent(x, dy, affine, saved, weights, axis, activation):
         dz = dz.astype(dy.dtype) if activation in MASKING else dz
     if weights is not None:
         dz = jnp.where(~is_counted(weights) & ~jnp.isfinite(dz), 0, dz)
-    return dz if dz is dy else lax.optimization_barrier(dz)
+    return dz if saved is None else lax.optimization_barrier(dz)
 
 
 @jax.custom_jvp
@@ -175,13 +187,6 @@ _read_twice.defjvp(lambda primals, tangents: (_read_twice(*primals), *tangents))
 def _vectors(vectors, ndim, axis):
     """Vectors (a pytree) behind barriers; XLA would compute them again for each element of x."""
     return broadcastable(barrier(vectors), ndim, axis)
-
-
-def _isolate(depth, *values):
-    """Keep CSE from sharing an input of several reductions: barriers of other depths differ."""
-    for _ in range(depth):
-        values = barrier(values)
-    return values[0] if len(values) == 1 else values
 
 
 def _cast(array, dtype):

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jbn.core import sharding, stats
 from jbn.core.config import Config
-from jbn.kernels import xla, xla_gpu, xla_tpu
+from jbn.kernels import xla, xla_cpu, xla_gpu, xla_tpu
 from jbn.kernels.seam import (
     BwdApply,
     BwdStats,
@@ -323,12 +323,19 @@ def _local(call, module, x):
         if _is_symbolic(x):
             return call.on(xla)
         if len(platforms) == 1:
-            return call.on(PLACEMENTS.get(platforms[0], xla))
-        placed = {platform: call.on(module) for platform, module in PLACEMENTS.items()}
+            return _placed(call, platforms[0])
+        placed = {platform: _placed(call, platform) for platform in ("cpu", *PLACEMENTS)}
         return lambda *leaves: lax.platform_dependent(*leaves, default=call.on(xla), **placed)
     _refuse_unsupported(call, x)
     _refuse_elsewhere(call.implementation, platforms)
     return call.on(kernels, interpret=interpret)
+
+
+def _placed(call, platform):
+    """The function by XLA's own fusions, as suits the platform."""
+    if platform == "cpu" and call.arguments.reduces:
+        return call.on(xla, sums=xla_cpu.joint_sums)
+    return call.on(PLACEMENTS.get(platform, xla))
 
 
 def _is_symbolic(x):

@@ -5,6 +5,7 @@ What is particular to one implementation has a file of its own beside this one.
 
 import functools
 import inspect
+import types
 from typing import NamedTuple
 
 import jax
@@ -16,11 +17,17 @@ import pytest
 from gpu_functions import needs_interpreter
 from kernel_grid import ACCURACY, MEANS, ROUNDING
 
-from jbn.kernels import mosaic_gpu, mosaic_tpu, seam, triton, xla, xla_gpu, xla_tpu
+from jbn.kernels import mosaic_gpu, mosaic_tpu, seam, triton, xla, xla_cpu, xla_gpu, xla_tpu
 from jbn.kernels.seam import Affine, Device, StatsGradient
 
 PALLAS = {"triton": triton, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
-BACKENDS = {"xla": xla, "xla_gpu": xla_gpu, "xla_tpu": xla_tpu, **PALLAS}
+XLA_CPU = types.SimpleNamespace(
+    fwd_stats=functools.partial(xla.fwd_stats, sums=xla_cpu.joint_sums),
+    fwd_apply=xla.fwd_apply,
+    bwd_stats=functools.partial(xla.bwd_stats, sums=xla_cpu.joint_sums),
+    bwd_apply=xla.bwd_apply,
+)
+BACKENDS = {"xla": xla, "xla_cpu": XLA_CPU, "xla_gpu": xla_gpu, "xla_tpu": xla_tpu, **PALLAS}
 DEVICES = {"mosaic_gpu": Device("NVIDIA H200", 132), "mosaic_tpu": Device("TPU v5e", 1)}
 FUNCTIONS = (seam.FwdStats, seam.FwdApply, seam.BwdStats, seam.BwdApply)
 
@@ -234,7 +241,8 @@ def test_a_kernel_declines_what_does_not_fit(backend):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.name)
 def test_arguments_are_named_as_the_seam_says(backend, function):
     parameters = inspect.signature(getattr(BACKENDS[backend], function.name)).parameters
-    extra = ("interpret",) if backend in PALLAS else ()
+    sums = ("sums",) if backend in ("xla", "xla_cpu") and function.reduces else ()
+    extra = ("interpret",) if backend in PALLAS else sums
     assert tuple(parameters) == (*function._fields, *function.options, *extra)
 
 

@@ -1,4 +1,4 @@
-"""kernels/xla.py: the specification, its accuracy, and the temporaries of the compiled passes."""
+"""kernels/xla.py: the specification, and its accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import oracle
 import pytest
 
-import jbn
 from jbn.kernels import xla
 from jbn.kernels.seam import Affine, StatsGradient
 
@@ -102,36 +101,6 @@ def test_bwd_stats_and_bwd_apply(activation, mean, weights):
     assert none is None
     wide = lambda v: np.expand_dims(v, (0, 2))
     np.testing.assert_allclose(alone, wide(scale * rstd) * expected.residual, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("activation", "add"), [(None, False), ("relu", False), ("relu", True)])
-def test_no_full_size_temporaries(dtype, activation, add):
-    """Forward and backward write nothing of the size of x but their results: y, dx and dresidual.
-
-    What XLA:CPU materializes instead when a reduction shares its input is 1 to 4 times x.
-    """
-    x = jax.ShapeDtypeStruct((16, 28, 28, 64), dtype)
-    params, state = jbn.init(64)
-    function = None if activation is None else getattr(jax.nn, activation)
-
-    def forward(x, residual, params):
-        return jbn.batch_norm_train(
-            x, params, state, residual=residual if add else None, activation=function
-        )
-
-    def both(x, residual, params, dy):
-        y, vjp, new = jax.vjp(forward, x, residual, params, has_aux=True)
-        return y, vjp(dy), new
-
-    for name, compiled in {
-        "forward": jax.jit(forward).lower(x, x, params).compile(),
-        "forward and backward": jax.jit(both).lower(x, x, params, x).compile(),
-    }.items():
-        memory = compiled.memory_analysis()
-        assert memory is not None
-        temporaries = memory.temp_size_in_bytes / (x.size * x.dtype.itemsize)
-        assert temporaries < 0.05, f"{name}: temporaries of {temporaries:.2f} times x"
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
