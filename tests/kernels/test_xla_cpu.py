@@ -56,7 +56,8 @@ def test_joint_sums_read_their_input_once():
 def test_no_full_size_temporaries(dtype, activation, add):
     """Forward and backward write nothing of the size of x but their results: y, dx and dresidual.
 
-    Beside them there are two float32 sums of each group of 16 rows.
+    Beside them there is a float32 sum of each group of 16 rows; of the two that a pass makes, the
+    other one lies where a result will.  bfloat16 with relu alone has both.
 
     What XLA:CPU materializes when separate reductions share their input is 1 to 4 times x.
     """
@@ -80,5 +81,6 @@ def test_no_full_size_temporaries(dtype, activation, add):
         memory = compiled.memory_analysis()
         assert memory is not None
         temporaries = memory.temp_size_in_bytes / (x.size * x.dtype.itemsize)
-        limit = 0.005 + 2 * 4 / 16 / x.dtype.itemsize
+        both_sums = (dtype, activation, add) == ("bfloat16", "relu", False) and "back" in name
+        limit = 0.005 + (1 + both_sums) * 4 / 16 / x.dtype.itemsize
         assert temporaries < limit, f"{name}: temporaries of {temporaries:.3f} times x"
