@@ -29,7 +29,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--thin",
         action="store_true",
-        help="of a parametrized test its first case and about a quarter of the others, unless it "
+        help="of a parametrized test its first case and about an eighth of the others, unless it "
         "is slow or compiles for an accelerator: for a second environment",
     )
 
@@ -55,8 +55,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         test = item.nodeid.partition("[")[0]
         whole = test not in seen or any(map(item.get_closest_marker, ("slow", "aot")))
-        # Not every fourth one, which might leave one value of a parameter out.
-        (kept if whole or zlib.crc32(item.nodeid.encode()) % 4 == 0 else dropped).append(item)
+        # Not every eighth one, which might leave one value of a parameter out.
+        (kept if whole or zlib.crc32(item.nodeid.encode()) % 8 == 0 else dropped).append(item)
         seen.add(test)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept

@@ -14,6 +14,8 @@ from PIL import Image
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 STEPS = 50
+# With --dist loadgroup all of them meet the same worker, and the same cache.
+pytestmark = pytest.mark.xdist_group("tpu_resnet")
 
 
 def _start(arguments, cache):
@@ -22,6 +24,7 @@ def _start(arguments, cache):
     environment |= {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, str(EXAMPLES / "tpu_resnet.py"), *map(str, arguments)]
     return subprocess.Popen(
