@@ -25,6 +25,7 @@ def _start(arguments, cache):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, str(EXAMPLES / "tpu_resnet.py"), *map(str, arguments)]
     return subprocess.Popen(
