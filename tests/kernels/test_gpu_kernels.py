@@ -60,7 +60,14 @@ def test_keeps_its_digits_at_a_large_mean(backend, rows):
     np.testing.assert_allclose(y, oracle.forward(x)[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("triton", 2**17), _mosaic(2**17)])
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [
+        ("triton", 2**17),
+        pytest.param("triton", 2**20, marks=pytest.mark.slow),
+        _mosaic(2**17),
+    ],
+)
 def test_zero_first_row_before_many_at_a_large_mean(backend, rows):
     x = np.random.default_rng(0).normal(1e4, 1, (rows, 1)).astype(np.float32)
     x[0] = 0
