@@ -25,7 +25,7 @@ from jax import Array
 
 from jbn import functional
 from jbn.core import flax_common, validate
-from jbn.health import inputs
+from jbn.health import inputs, totals
 from jbn.types import Moments, State
 
 
@@ -116,7 +116,7 @@ def _run(
             f"batches is an iterator, expected one that gives the data {passes} times: "
             "a list, or passes=1"
         )
-    merge = jax.jit(lambda a, b: {key: inputs.merge(a[key], b[key]) for key in a})
+    merge = jax.jit(lambda a, b: {key: totals.merge(a[key], b[key]) for key in a})
     states = dict(states)
     for number in range(passes):
         total, count = None, 0
@@ -315,7 +315,7 @@ def _uncompiled(apply):
 
 def _for_all(states, found):
     """Moments for every state: those of nothing where the model did not call the norm."""
-    return {path: found.get(path, inputs.empty(state.mean)) for path, state in states.items()}
+    return {path: found.get(path, totals.empty(state.mean)) for path, state in states.items()}
 
 
 def _replaced(state, m, unbiased, batches):

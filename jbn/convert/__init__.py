@@ -1,14 +1,13 @@
 """Batch norms and whole models of other libraries, to and from jbn."""
 
+from jbn.convert.averaging import debiased_momentum, options
 from jbn.convert.layers import (
-    debiased_momentum,
     from_equinox,
     from_haiku,
     from_keras,
     from_linen,
     from_nnx,
     from_torch,
-    options,
     to_equinox,
     to_haiku,
     to_keras,

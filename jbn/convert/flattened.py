@@ -1,6 +1,6 @@
-"""Layers of a torch model that read an image flattened, or whole, and so in another order in linen.
+"""Layers of a torch model that read or make an image flattened, or whole.
 
-Torch has the channels of an image first, linen last.
+Torch has the channels of an image first, linen last, so their values change places.
 """
 
 import math
@@ -15,9 +15,11 @@ def checked(flattened, layers):
     if flattened is None:
         return {}
     validate.mapping(flattened, "flattened", "a dict from a layer's prefix to a shape")
-    known = [prefix for prefix, layer in layers.items() if may_read(layer)]
+    known = [p for p, layer in layers.items() if may_read(layer) or "convolution" in layer.kind]
     if unknown := [prefix for prefix in flattened if prefix not in known]:
-        raise ValueError(f"flattened names {unknown}, expected dense layers and norms: {known}")
+        raise ValueError(
+            f"flattened names {unknown}, expected dense layers, norms and convolutions: {known}"
+        )
     return {p: None if s is None else _checked_shape(p, s) for p, s in flattened.items()}
 
 
@@ -100,6 +102,66 @@ def shape_read(prefix, layer, channels, flattened):
             f"{_BY_MODEL if layer.kind == 'batch norm' and layer.eps is None else ''}"
         )
     return None
+
+
+def made_flat(layers, flattened):
+    """The images that dense layers make flat, and that an Unflatten gives to the next layer.
+
+    Returns:
+        (the shape of each, by the prefix of the dense layer and of the norms behind it; the entries
+        of `flattened` that name other layers than those that read such images)
+    """
+    made, rest = {}, dict(flattened)
+    makers, channels = [], None  # the last dense layer and its norms; of the image before it
+    for prefix, layer in layers.items():
+        size = layers[makers[0]].tensors["weight"].shape[0] if makers else None
+        is_convolution = "convolution" in layer.kind
+        if layer.kind == "dense layer":
+            makers = [prefix]
+        elif "norm" in layer.kind and features(layer) == (size,):
+            makers.append(prefix)
+        elif is_convolution or layer.kind == "batch norm":
+            if makers:
+                settled = {prefix: rest.pop(prefix)} if prefix in rest else {}
+                shape = _shape_made(prefix, layer, size, channels, settled)
+                made |= {} if shape is None else dict.fromkeys(makers, shape)
+            elif is_convolution and prefix in rest:
+                raise ValueError(
+                    f"flattened names {[prefix]}, a {layer.kind}, expected a dense layer before it "
+                    "that makes the image it reads"
+                )
+            makers, channels = [], channels_of(layer, None, channels)
+        else:
+            makers = []
+    return made, rest
+
+
+def _shape_made(prefix, layer, size, channels, settled):
+    """The shape of the image that this layer reads, if a dense layer has made it flat, or None.
+
+    size: the features of the dense layer. channels: of the image before it.
+    """
+    weight = layer.tensors["weight"].shape if "convolution" in layer.kind else features(layer)
+    read = weight[1] if layer.kind == "convolution" else weight[0]
+    if prefix in settled:
+        shape = settled[prefix]
+        if shape is not None and (math.prod(shape) != size or shape[0] % read):
+            raise ValueError(
+                f"flattened[{prefix!r}] is {shape}, expected the {size} values that the dense "
+                f"layer before makes, as an image of channels that the {layer.kind} reads, {read}"
+            )
+        return shape
+    if layer.unflattened is not None and math.prod(layer.unflattened) == size:
+        return layer.unflattened
+    # A gate, as of squeeze-and-excitation, makes as many features as the image has channels. A
+    # plain convolution often stands behind a dense layer that it does not read.
+    if layer.kind == "convolution" or size in (channels, read) or size % read:
+        return None
+    raise ValueError(
+        f"{prefix!r} reads {read} channels, the dense layer before makes {size} features: if an "
+        f"Unflatten stands between, pass the shape it gives, flattened={{{prefix!r}: ({read}, "
+        f"height, width)}}, and if not, flattened={{{prefix!r}: None}}"
+    )
 
 
 def channels_last(vector, shape):

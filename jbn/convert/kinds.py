@@ -74,6 +74,13 @@ def reads_images(module: Any) -> bool:
     return not {"BatchNorm2d", "BatchNorm3d"}.isdisjoint(_torch_names(module))
 
 
+def unflattened(module: Any) -> tuple[int, ...] | None:
+    """The shape that a torch.nn.Unflatten gives to the features of each example, or None."""
+    if "Unflatten" not in _torch_names(module) or module.dim != 1:
+        return None
+    return tuple(module.unflattened_size)
+
+
 def _torch_names(module):
     return [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")]
 
@@ -105,3 +112,11 @@ def activation(module: Any) -> Callable | None:
 
 def _leaky_relu(x, slope):
     return jax.nn.leaky_relu(x, slope)
+
+
+def untracked(name: str) -> str:
+    """The message for a batch norm that keeps no running statistics."""
+    return (
+        f"{name} is a batch norm without running statistics (track_running_stats=False): it "
+        "normalizes by the batch in evaluation too, expected running_mean and running_var"
+    )

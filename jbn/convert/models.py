@@ -78,14 +78,18 @@ def from_torch_model(
             the prefix of each such layer: a dense layer or a norm behind a Flatten, or a norm over
             several axes. Torch has the channels first, linen last, so the rows of the kernel, or
             the values of scale, bias, mean and var, change places. None for a layer that reads no
-            such thing.
+            such thing. Likewise by the prefix of a convolution (or BatchNorm2d) behind a reshape
+            of what a dense layer makes: the columns of that layer's kernel change places. A
+            torch.nn.Unflatten of the model is seen, and a transposed convolution that may stand
+            behind such a reshape is an error; name a plain convolution yourself.
 
     Returns:
         {"params": ..., "batch_stats": ...}, nested by `path`.
 
     Raises:
         ValueError: a module that is none of these, two modules with one path, sizes that do not fit
-            each other, or a layer that seems to read a flattened image, which `flattened` settles.
+            each other, or a layer that seems to read or make a flattened image, which `flattened`
+            settles.
         TypeError: a layer of the model that is none of these.
     """
     validate.function(path, "path", _OF_PATH)
@@ -93,7 +97,7 @@ def from_torch_model(
     paths = {prefix: _checked_path(path, prefix) for prefix in layers}
     if len(set(paths.values())) < len(paths):
         raise ValueError(f"two modules have one path, expected each its own: {paths}")
-    flattened = flat.checked(flattened, layers)
+    made, flattened = flat.made_flat(layers, flat.checked(flattened, layers))
     variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
     channels = None  # of the image that the next layer may read flattened
     concatenates = False  # whether some norm has read the channels of several convolutions
@@ -104,7 +108,7 @@ def from_torch_model(
             image = flat.reads_image(layer, after) or (concatenates and layer.kind == "batch norm")
             concatenates |= image and channels not in (None, *flat.features(layer))
             shape = flat.shape_read(prefix, layer, None if image else channels, flattened)
-        for collection, values in _converted(prefix, layer, shape).items():
+        for collection, values in _converted(prefix, layer, shape, made.get(prefix)).items():
             _put(variables[collection], paths[prefix], values)
         channels = flat.channels_of(layer, shape, channels)
     return variables
@@ -176,11 +180,15 @@ def _put(tree, path, values):
     tree.update(values)
 
 
-def _converted(prefix, layer, shape):
-    """The variables of one module, by collection; `shape` as `flat.shape_read` gives it."""
+def _converted(prefix, layer, shape, made):
+    """The variables of one module, by collection.
+
+    shape, made: of the image that it reads or makes flat, or None: see `flat`.
+    """
     kind, tensors = layer.kind, layer.tensors
     if kind == "dense layer":
-        return _dense(prefix, tensors, shape)
+        return _dense(prefix, tensors, shape, made)
+    shape = shape or made
     if shape is not None:  # a norm
         tensors = {n: flat.channels_last(v, shape) if v.ndim else v for n, v in tensors.items()}
     if kind == "batch norm":
@@ -196,12 +204,15 @@ def _converted(prefix, layer, shape):
     return {"params": {"kernel": jnp.moveaxis(tensors["weight"], (0, 1), (-1, -2)), **bias}}
 
 
-def _dense(prefix, tensors, shape):
+def _dense(prefix, tensors, shape, made):
     kernel = tensors["weight"].T
     bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
     _check_bias(prefix, bias, kernel.shape[1])
     if shape is not None:
         kernel = jax.vmap(lambda column: flat.channels_last(column, shape), 1, 1)(kernel)
+    if made is not None:
+        kernel = jax.vmap(lambda row: flat.channels_last(row, made))(kernel)
+        bias = {name: flat.channels_last(value, made) for name, value in bias.items()}
     return {"params": {"kernel": kernel, **bias}}
 
 

@@ -20,12 +20,14 @@ class Layer(NamedTuple):
         tensors: by their names in the module.
         eps: of a norm; None where a state_dict does not tell.
         of_images: whether it is a norm that reads nothing but images, such as a BatchNorm2d.
+        unflattened: the shape that a torch.nn.Unflatten right before it gives to each example.
     """
 
     kind: str
     tensors: dict[str, Array]
     eps: float | None = None
     of_images: bool = False
+    unflattened: tuple[int, ...] | None = None
 
 
 def read(source: Any) -> dict[str, Layer]:
@@ -37,8 +39,9 @@ def read(source: Any) -> dict[str, Layer]:
 
 
 def _of_model(model):
-    layers = {}
+    layers, unflattened = {}, None
     for prefix, module in model.named_modules():
+        unflattened = kinds.unflattened(module) or unflattened
         kind, children = kinds.torch_kind(module), dict(module.named_children())
         state = {
             name: value
@@ -65,7 +68,9 @@ def _of_model(model):
             {name: to_array(value) for name, value in state.items()},
             getattr(module, "eps", None),
             kinds.reads_images(module),
+            unflattened,
         )
+        unflattened = None
     return layers
 
 

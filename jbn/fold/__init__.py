@@ -4,14 +4,8 @@
 """
 
 from jbn.fold.certificate import Certificate, certify
-from jbn.fold.linear import (
-    FoldedNorm,
-    fold_next,
-    fold_nnx,
-    fold_previous,
-    fold_variables,
-    kernel_axes,
-)
+from jbn.fold.linear import fold_next, fold_previous, kernel_axes
+from jbn.fold.models import FoldedNorm, fold_nnx, fold_variables
 from jbn.fold.pairs import Pair, find_pairs
 
 __all__ = [

@@ -6,25 +6,21 @@ between, both are used once, and the norm's features are those that the layer ma
 and output may be cast from one floating dtype to another and change their shape, nothing else.
 """
 
-import dataclasses
 import itertools
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jbn.core import validate
+from jbn.fold.program import Path, Value, evaluate, is_constant, trace, varying
 
-Path = tuple[Hashable, ...]  # keys of dicts, indices of lists
-# The names under which primitives that only wrap a program hold it.
-_WRAPPERS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _CASTS = ("convert_element_type", "copy", "optimization_barrier")
 _RESHAPES = ("reshape", "squeeze", "broadcast_in_dim")
 _ROOTS = ("rsqrt", "sqrt", "pow")
@@ -47,27 +43,6 @@ class Pair(NamedTuple):
     norm: Path
     out_axis: int | tuple[int, ...] = -1
     eps: float = 1e-5
-
-
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """One value of the program: what made it, and what it depends on."""
-
-    variables: frozenset[Path]  # paths of the variables it is made of
-    data: bool  # whether it also depends on the inputs
-    aval: Any
-    equation: JaxprEqn | None = None
-    operands: tuple["_Value", ...] = ()
-    constant: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self.aval, "shape", ()))
-
-    @property
-    def name(self) -> str:
-        """Of the primitive that made it."""
-        return "" if self.equation is None else str(self.equation.primitive)
 
 
 def find_pairs(
@@ -110,14 +85,7 @@ def find_pairs(
     closed = jax.make_jaxpr(apply)(variables, *args)
     linen = is_linen(variables)
     paths = [_path(keys, linen) for keys, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
-    uses, equations = Counter(), []
-    inputs = closed.jaxpr.invars
-    values = [
-        _Value(frozenset({path}), False, v.aval) for path, v in zip(paths, inputs, strict=False)
-    ]
-    values += [_Value(frozenset(), True, v.aval) for v in inputs[len(paths) :]]
-    for out in _walk(closed.jaxpr, closed.consts, values, uses, equations):
-        uses[out] += 1
+    equations, uses = trace(closed, paths)
     pairs = []
     for norm in dict.fromkeys(path[:-1] for path in paths if path[-1] == "mean"):
         reader = _only_reader(equations, norm)
@@ -144,47 +112,7 @@ def is_inside(path: Path, outer: Path) -> bool:
     return path[: len(outer)] == outer
 
 
-def _walk(
-    jaxpr: Jaxpr, consts: Iterable, values: Iterable[_Value], uses: Counter, equations: list
-) -> list[_Value]:
-    """Follow a program, wrapped programs included; the values of its outputs."""
-    env = dict(zip(jaxpr.invars, values, strict=True))
-    fixed = lambda var, constant: _Value(frozenset(), False, var.aval, constant=constant)
-    env.update(
-        (var, fixed(var, constant)) for var, constant in zip(jaxpr.constvars, consts, strict=True)
-    )
-    read = lambda v: fixed(v, v.val) if isinstance(v, Literal) else env[v]
-    for equation in jaxpr.eqns:
-        operands = tuple(map(read, equation.invars))
-        inner, passed = _wrapped(equation, operands)
-        if inner is not None:
-            outs = _walk(inner.jaxpr, inner.consts, passed, uses, equations)
-            env.update(zip(equation.outvars, outs, strict=True))
-            continue
-        uses.update(operands)
-        variables = frozenset().union(*(value.variables for value in operands))
-        data = any(o.data for o in operands)
-        made = [_Value(variables, data, v.aval, equation, operands) for v in equation.outvars]
-        env.update(zip(equation.outvars, made, strict=True))
-        equations.append(made[0])
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _wrapped(equation, operands):
-    """The program of a call with its operands, if the equation is one; a loop over it is none."""
-    if str(equation.primitive) in ("scan", "while"):
-        return None, ()
-    if equation.params.get("branches_platforms"):  # any platform's program will do
-        return equation.params["branches"][-1], operands[1:]
-    for name in _WRAPPERS:
-        inner = equation.params.get(name)
-        inner = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
-        if isinstance(inner, ClosedJaxpr) and len(inner.jaxpr.invars) == len(operands):
-            return inner, operands
-    return None, ()
-
-
-def _only_reader(equations, norm) -> _Value | None:
+def _only_reader(equations, norm) -> Value | None:
     """The operation in which the norm's mean meets data, if the norm is called once.
 
     Then data meets its vectors in one operation (jbn's), or in one after the other, (x - mean) *
@@ -199,7 +127,7 @@ def _only_reader(equations, norm) -> _Value | None:
     ]
     for before, after in itertools.pairwise(readers):
         data = _single(o for o in after.operands if o.data)
-        while data is not None and data.name in _CASTS and _is_wide(data):
+        while data is not None and data.name in _CASTS and data.is_floating:
             data = data.operands[0]
         if data is not before:
             return None
@@ -211,78 +139,27 @@ def _only_reader(equations, norm) -> _Value | None:
     return readers[0] if met("var") and met("mean") == readers[:1] else None
 
 
-def _normalized(reader, norm):
-    """What the norm reads, and the axes of it along which the mean lies; None if it is no norm."""
-    data = [o for o in reader.operands if o.data]
-    x = data[0]  # a fused norm may read a residual after x
-    if reader.shape != x.shape or (reader.name == "sub" and reader.operands[0] is not x):
-        return x, None
-    if reader.name != "sub" and (len(reader.operands) < 3 or _programs(reader.equation)):
-        return x, None
-    path = (*norm, "mean")
-    if reader.name == "sub":
-        axes = _varying(reader.operands[1], path, x.shape)
-        return x, axes
-    mean = _single(o for o in reader.operands if path in o.variables and not o.data)
-    fitting = [a for a, n in enumerate(x.shape) if mean is not None and (n,) == mean.shape]
-    return x, tuple(fitting) if len(fitting) == 1 else _varying(reader, path, x.shape)
-
-
 def _single(values):
     """The value, if there is exactly one."""
     values = list(values)
     return values[0] if len(values) == 1 else None
 
 
-def _programs(equation):
-    """Whether the equation runs a program of its own: a loop or a branch, not one operation."""
-    return any(
-        isinstance(part, Jaxpr | ClosedJaxpr)
-        for value in equation.params.values()
-        for part in (value if isinstance(value, tuple | list) else (value,))
-    )
-
-
-def _varying(value, path, shape):
-    """Axes of a value along which it differs if the variable at `path` differs in every element.
-
-    Found by running the few operations that lead from the variable to the value.
-    """
-
-    def known(leaf):
-        if leaf.variables == {path} and not leaf.data:
-            numbers = np.arange(1, 1 + math.prod(leaf.shape), dtype=np.float32)
-            return -jnp.asarray(numbers.reshape(leaf.shape), leaf.aval.dtype)
-        return jnp.full(leaf.shape, 0 if leaf.data else 1, leaf.aval.dtype)
-
-    result = np.asarray(_run(value, known, {}))
-    if result.ndim != len(shape):
-        return None
-    first = lambda a: np.take(result, [0], axis=a)
-    axes = tuple(a for a in range(result.ndim) if np.any(result != first(a)))
-    # A single feature lies along any axis of size 1.
-    return axes or tuple(a for a, n in enumerate(shape) if n == 1)[-1:] or None
-
-
-def _run(value, known, cache):
-    """The value, by running what made it from values that `known` gives for all else."""
-    operands = [_evaluate(o, known, cache) for o in value.operands]
-    if value.equation is None:
-        return known(value)
-    result = value.equation.primitive.bind(*operands, **value.equation.params)
-    return result[0] if value.equation.primitive.multiple_results else result
-
-
-def _evaluate(value, known, cache):
-    """The value, where `known` gives those of variables and of all that depends on inputs."""
-    if value not in cache:
-        if value.constant is not None:
-            cache[value] = value.constant
-        elif value.data or value.equation is None:
-            cache[value] = known(value)
-        else:
-            cache[value] = _run(value, known, cache)
-    return cache[value]
+def _normalized(reader, norm):
+    """What the norm reads, and the axes of it along which the mean lies; None if it is no norm."""
+    data = [o for o in reader.operands if o.data]
+    x = data[0]  # a fused norm may read a residual after x
+    if reader.shape != x.shape or (reader.name == "sub" and reader.operands[0] is not x):
+        return x, None
+    if reader.name != "sub" and (len(reader.operands) < 3 or reader.runs_program):
+        return x, None
+    path = (*norm, "mean")
+    if reader.name == "sub":
+        axes = varying(reader.operands[1], path, x.shape)
+        return x, axes
+    mean = _single(o for o in reader.operands if path in o.variables and not o.data)
+    fitting = [a for a, n in enumerate(x.shape) if mean is not None and (n,) == mean.shape]
+    return x, tuple(fitting) if len(fitting) == 1 else varying(reader, path, x.shape)
 
 
 def _epsilon(equations, norm, given) -> float | None:
@@ -290,10 +167,10 @@ def _epsilon(equations, norm, given) -> float | None:
     variance, found = {(*norm, "var")}, set()
     for value in equations:
         if value.name in _ROOTS and value.operands[0].variables == variance:
-            if value.operands[0].data or not _is_constant(value.operands[0], variance):
+            if value.operands[0].data or not is_constant(value.operands[0], variance):
                 return given
             zero = lambda leaf: jnp.zeros(leaf.shape, leaf.aval.dtype)
-            added = np.unique(np.asarray(_evaluate(value.operands[0], zero, {})))
+            added = np.unique(np.asarray(evaluate(value.operands[0], zero, {})))
             found |= {float(str(number)) for number in added}  # 0.001, not 0.0010000000474974513
     if len(found) != 1:
         return given
@@ -306,25 +183,9 @@ def _epsilon(equations, norm, given) -> float | None:
     return eps
 
 
-def _is_constant(value, variables):
-    """Whether the value is made of these variables and constants alone."""
-    if value.equation is None:
-        return value.constant is not None or value.variables == variables
-    return all(_is_constant(o, variables) for o in value.operands)
-
-
-def _is_wide(value) -> bool:
-    """Whether the value's dtype is floating or complex, of 16 bits or more.
-
-    A cast to any other, such as an integer or float8, changes the values by more than rounding.
-    """
-    dtype = getattr(value.aval, "dtype", np.dtype(bool))
-    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 2
-
-
 def _is_foldable(value, uses) -> bool:
     """Whether a value between two layers can vanish: it is read once, and its cast only rounds."""
-    return uses[value] == 1 and _is_wide(value)
+    return uses[value] == 1 and value.is_floating
 
 
 def _layer(value, axes, uses, paths):
@@ -367,7 +228,7 @@ def _added_bias(fixed, value, axes, uses) -> Path | None:
     if not all(_is_foldable(v, uses) for v in chain):
         return None
     (path,) = variable.variables
-    along = _varying(fixed, path, value.shape)
+    along = varying(fixed, path, value.shape)
     return path if along == axes or math.prod(fixed.shape) == 1 else None
 
 

@@ -9,7 +9,6 @@ the moments travel with it. `input_moments` and `jbn.recalibrate` both read them
 import contextlib
 import contextvars
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import core, errors, linen, nnx
 from flax.nnx import bridge
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 
-from jbn import functional
 from jbn import linen as jbn_linen
-from jbn.core import flax_common, validate
-from jbn.kernels.seam import accumulator
+from jbn.core import validate
+from jbn.health import totals
 from jbn.types import Moments
 
 Path = tuple[Any, ...]
@@ -102,8 +100,8 @@ def collect_linen(
         if before is not None and module.get_variable(_COLLECTION, _VARIABLE) is before:
             if not module.is_mutable_collection(_COLLECTION):
                 raise ValueError(lost("/".join(module.path)))
-            x, mask = _read_arguments(type(module).__call__, module, args, kwargs)
-            module.put_variable(_COLLECTION, _VARIABLE, _record(before, module, x, mask))
+            m = totals.record(before, module, type(module).__call__, args, kwargs)
+            module.put_variable(_COLLECTION, _VARIABLE, m)
         return y
 
     found: dict[Path, Moments] = {}
@@ -130,7 +128,7 @@ def collect_linen(
                     "of them under their own names"
                 )
             m = _outside(m, own)
-            found[own] = merge(found[own], m) if own in found else m
+            found[own] = totals.merge(found[own], m) if own in found else m
     return _some(found)
 
 
@@ -168,7 +166,7 @@ def _linen_scopes(handed):
         statistics: Any = core.unfreeze(variables[_COLLECTION])
         norms: dict[Path, Any] = linen_norms(statistics)
         paths = {path: path_of(path, norm["mean"], norms) for path, norm in norms.items()}
-        nothing = {path: empty(norm["mean"]) for path, norm in norms.items()}
+        nothing = {path: totals.empty(norm["mean"]) for path, norm in norms.items()}
         for path, norm in norms.items():
             norm[_VARIABLE] = nothing[path]
         variables = {**variables, _COLLECTION: statistics}
@@ -216,7 +214,7 @@ def collect_nnx(run: Callable[[nnx.Module], Any], copy: nnx.Module) -> dict[Path
         return call(*args, **kwargs)
 
     norms: dict[Any, Any] = nnx_norms(copy)
-    nothing = {path: empty(norm.mean[...]) for path, norm in norms.items()}
+    nothing = {path: totals.empty(norm.mean[...]) for path, norm in norms.items()}
     for path, norm in norms.items():
         object.__setattr__(norm, "__class__", _recording(type(norm)))
         setattr(norm, _VARIABLE, type(norm.mean)(nothing[path]))
@@ -306,92 +304,14 @@ def _recorder(kind):
             y = super().__call__(*args, **kwargs)
             if moments.get_value().mean is not before.mean:
                 return y
-            x, mask = _read_arguments(kind.__call__, self, args, kwargs)
             _CALLED.get().add(self.input_path)
             try:
-                moments.set_value(_record(before, self, x, mask))
+                moments.set_value(totals.record(before, self, kind.__call__, args, kwargs))
             except errors.TraceContextError as error:
                 raise ValueError(lost("/".join(map(str, self.input_path)))) from error
             return y
 
     return Recorder
-
-
-def _read_arguments(function, layer, args, kwargs):
-    """The x and mask of a call, by position or by name."""
-    given = inspect.signature(function).bind(layer, *args, **kwargs).arguments
-    _, x = list(given.values())[:2]
-    return given.get("x", x), given.get("mask")
-
-
-def _record(total, norm, x, mask):
-    """The moments read so far with those of one call, which reads x and mask as the norm does."""
-    x = validate.jax_array(x)
-    if not x.size:
-        return total
-    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-    axis = flax_common.feature_axes(norm.axis, x.ndim)
-    weights = None if mask is None else validate.weights(jnp.asarray(mask).astype(bool), x)
-    if not axis:  # the whole array is one feature
-        axis, x, weights = -1, x[..., None], None if weights is None else weights[..., None]
-    moments = functools.partial(functional.moments, axis=axis, weights=weights)
-    m = moments(x.real)
-    if jnp.iscomplexobj(x):
-        imaginary = moments(x.imag)
-        m = Moments(m.count, lax.complex(m.mean, imaginary.mean), m.m2 + imaginary.m2)
-    # Of the types of the total, which may be what a loop carries. Nothing is differentiated.
-    m = lax.stop_gradient(jax.tree.map(lambda v: v.reshape(total.mean.shape), m))
-    wide = np.result_type(total.mean.dtype, np.complex64 if jnp.iscomplexobj(x) else np.float32)
-    m = Moments(m.count.astype(total.count.dtype), m.mean.astype(wide), m.m2.astype(total.m2.dtype))
-    if getattr(norm, "skip_nonfinite", False):
-        finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
-        m = jax.tree.map(lambda v: jnp.where(finite, v, jnp.zeros_like(v)), m)
-    return _add(lax.stop_gradient(total), m)
-
-
-def merge(a: Moments, b: Moments) -> Moments:
-    """`jbn.merge_moments`, for complex means too."""
-    if not (jnp.iscomplexobj(a.mean) or jnp.iscomplexobj(b.mean)):
-        return functional.merge_moments(a, b)
-    wide = np.result_type(a.mean.dtype, b.mean.dtype)
-    a, b = (v._replace(mean=v.mean.astype(wide)) for v in (a, b))
-    return _pool(jax.tree.map(lambda v, w: jnp.stack(jnp.broadcast_arrays(v, w)), a, b))
-
-
-def _pool(m):
-    """The moments of the union over the leading axis; the mean may be complex."""
-    count, weight = m.count.sum(0), m.count.astype(m.mean.dtype)
-    divisor = jnp.where(count > 0, count, 1).astype(m.mean.dtype)
-    mean = m.mean[0] + (weight * (m.mean - m.mean[:1])).sum(0) / divisor
-    return Moments(count, mean, (m.m2 + m.count * jnp.square(jnp.abs(m.mean - mean[None]))).sum(0))
-
-
-@jax.custom_batching.custom_vmap
-def _add(total, m):
-    """`merge`. Where vmap maps what a shared layer reads, the layer has the moments of it all."""
-    return merge(total, m)
-
-
-@_add.def_vmap
-def _add_mapped(axis_size, in_batched, total, m):
-    every = lambda tree, mapped: jax.tree.map(
-        lambda v, is_mapped: v if is_mapped else jnp.broadcast_to(v, (axis_size, *v.shape)),
-        tree,
-        mapped,
-    )
-    total_mapped, m_mapped = in_batched
-    m = every(m, m_mapped)
-    if any(jax.tree.leaves(total_mapped)):
-        merged, is_mapped = _add(every(total, total_mapped), m), True
-    else:
-        merged, is_mapped = _add(total, _pool(m)), False
-    return merged, jax.tree.map(lambda _: is_mapped, merged)
-
-
-def empty(mean: Array) -> Moments:
-    """Moments of nothing, one value per value of the running mean (stacked where it is)."""
-    zeros = jnp.zeros(mean.shape, accumulator(mean.real.dtype))
-    return Moments(zeros, jnp.zeros(mean.shape, jnp.promote_types(zeros.dtype, mean.dtype)), zeros)
 
 
 def lost(name: str | None = None) -> str:

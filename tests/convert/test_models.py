@@ -322,6 +322,81 @@ def test_a_layer_norm_over_a_whole_image():
     np.testing.assert_array_equal(as_it_is["scale"], norm.weight.detach().numpy())
 
 
+class Unflattening(nn.Module):
+    """A dense layer, perhaps a batch norm, and a convolution of what they make as an image."""
+
+    norm: bool
+    convolution: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(24, name="0")(x)
+        x = nn.BatchNorm(use_running_average=True, name="1")(x) if self.norm else x
+        x = nn.relu(x).reshape(len(x), 2, 3, 4)
+        return self.convolution(name="4")(x)
+
+
+UNFLATTENED = {
+    "transposed": (
+        torch.nn.ConvTranspose2d(4, 3, 3),
+        functools.partial(nn.ConvTranspose, 3, (3, 3), padding="VALID", transpose_kernel=True),
+    ),
+    "plain": (torch.nn.Conv2d(4, 3, 2), functools.partial(nn.Conv, 3, (2, 2), padding="VALID")),
+}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", UNFLATTENED)
+def test_a_dense_layer_that_makes_a_flattened_image(kind, norm):
+    convolution, target = UNFLATTENED[kind]
+    layers = [
+        torch.nn.Linear(5, 24),
+        torch.nn.BatchNorm1d(24) if norm else torch.nn.Identity(),
+        torch.nn.ReLU(),
+        torch.nn.Unflatten(1, (4, 2, 3)),
+        convolution,
+    ]
+    model = torch.nn.Sequential(*layers).eval()
+    if norm:
+        with torch.no_grad():
+            for value in (*model[1].parameters(), *list(model[1].buffers())[:2]):
+                value.uniform_(0.1, 1)
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x)).numpy().transpose(0, 2, 3, 1)
+    shape = {"4": (4, 2, 3)}
+    for source, flattened in ((model, None), (model, shape), (model.state_dict(), shape)):
+        variables = models.from_torch_model(source, flattened=flattened)
+        found = Unflattening(norm, target).apply(variables, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    as_it_is = models.from_torch_model(model, flattened={"4": None})["params"]["0"]
+    np.testing.assert_array_equal(as_it_is["kernel"], model[0].weight.detach().numpy().T)
+    np.testing.assert_array_equal(as_it_is["bias"], model[0].bias.detach().numpy())
+    with pytest.raises(ValueError, match=r"is \(4, 2, 2\), expected the 24 values that the dense"):
+        models.from_torch_model(model, flattened={"4": (4, 2, 2)})
+    if kind == "transposed":  # where only a state_dict says so, or a reshape in `forward`
+        with pytest.raises(ValueError, match="'4' reads 4 channels, the dense layer before makes"):
+            models.from_torch_model(model.state_dict())
+
+
+def test_dense_layers_before_a_layer_that_does_not_read_them():
+    linear, conv = torch.nn.Linear, torch.nn.Conv2d
+    gate = [conv(3, 8, 3), linear(8, 2), linear(2, 8), torch.nn.ConvTranspose2d(4, 4, 3)]
+    models.from_torch_model(torch.nn.Sequential(*gate))
+    scale_and_shift = [conv(3, 4, 3), linear(5, 8), conv(4, 4, 3)]
+    models.from_torch_model(torch.nn.Sequential(*scale_and_shift))
+    image = [linear(5, 24), torch.nn.BatchNorm2d(4), conv(4, 2, 2)]
+    for source in (torch.nn.Sequential(*image), torch.nn.Sequential(*image).state_dict()):
+        with pytest.raises(ValueError, match="'1' reads 4 channels, the dense layer before makes"):
+            models.from_torch_model(source)
+        params = models.from_torch_model(source, flattened={"1": (4, 2, 3)})["params"]
+        moved = np.asarray(image[0].weight.detach()).reshape(4, 2, 3, 5).transpose(3, 1, 2, 0)
+        np.testing.assert_array_equal(params["0"]["kernel"], moved.reshape(5, 24))
+    two = torch.nn.Sequential(conv(3, 4, 3), conv(4, 4, 3))
+    with pytest.raises(ValueError, match=r"flattened names \['1'\], a convolution, expected a d"):
+        models.from_torch_model(two, flattened={"1": (4, 1, 1)})
+
+
 def test_quantized_layers_are_not_dropped():
     float_model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     with warnings.catch_warnings():
