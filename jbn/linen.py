@@ -218,25 +218,33 @@ def _entered(current):
             reported.add(layer.path)
             return call(*args, **kwargs)
         options = current.at(layer.path)
-        return (
-            call(*args, **kwargs) if options is None else _by_jbn(layer, options, *args, **kwargs)
-        )
+        if options is None:
+            return call(*args, **kwargs)
+        return _by_jbn(_with_options(layer, options), *args, **kwargs)
 
     with _ACTIVE(current), nn.intercept_methods(compute):
         yield
 
 
-def _by_jbn(layer, options, x, use_running_average=None, *, mask=None):
-    """The call of flax's layer, by jbn: with its variables, its scope and its signature."""
+def _by_jbn(layer, x, use_running_average=None, *, mask=None):
+    """The call of flax's layer, by jbn: with its signature."""
+    return _call(layer, x, use_running_average, mask=mask)
+
+
+def as_called(layer: nn.BatchNorm) -> Any:
+    """The layer with the options that a `replacing` around its call gives it."""
+    if type(layer) is not nn.BatchNorm or _ACTIVE.value is None:
+        return layer
+    options = _ACTIVE.value.at(layer.path)
+    return layer if options is None else _with_options(layer, options)
+
+
+def _with_options(layer, options):
+    """What `_call` reads of a layer of flax's: its own, jbn's defaults, and these options."""
     new = {field.name: field.default for field in dataclasses.fields(BatchNorm)}
     own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
     scope = {key: getattr(layer, key) for key in ("variable", "param", "is_initializing")}
-    return _call(
-        types.SimpleNamespace(**{**new, **own, **options}, **scope),
-        x,
-        use_running_average,
-        mask=mask,
-    )
+    return types.SimpleNamespace(**{**new, **own, **options}, **scope)
 
 
 def _call(layer, x, use_running_average, *, mask=None, residual=None, limits=None, steps=None):

@@ -524,6 +524,18 @@ def test_a_batch_that_is_not_finite_does_not_count_where_the_layer_skips_it():
     model = jbn.linen.BatchNorm(use_running_average=True)
     new = recalibrate_linen(model.apply, model.init(jax.random.key(0), xs[0]), seen)["batch_stats"]
     assert not np.isfinite(new["mean"][2])
+    model = nn.BatchNorm(use_running_average=True)  # which jbn computes, with its own options
+    variables = model.init(jax.random.key(0), xs[0])
+
+    def replaced(variables, x):
+        with jbn.linen.replacing(skip_nonfinite=True):
+            return model.apply(variables, x)
+
+    new = recalibrate_linen(replaced, variables, seen)["batch_stats"]
+    close((new["mean"], new["var"]), pooled([xs[0], xs[2]]))
+    with jbn.linen.replacing(by_path={"": {"skip_nonfinite": True}}):
+        new = recalibrate_linen(model.apply, variables, seen)["batch_stats"]
+    close((new["mean"], new["var"]), pooled([xs[0], xs[2]]))
 
 
 def test_other_mappings_of_variables():

@@ -100,7 +100,8 @@ def collect_linen(
         if before is not None and module.get_variable(_COLLECTION, _VARIABLE) is before:
             if not module.is_mutable_collection(_COLLECTION):
                 raise ValueError(lost("/".join(module.path)))
-            m = totals.record(before, module, type(module).__call__, args, kwargs)
+            norm = jbn_linen.as_called(module)
+            m = totals.record(before, norm, type(module).__call__, args, kwargs)
             module.put_variable(_COLLECTION, _VARIABLE, m)
         return y
 
