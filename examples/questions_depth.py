@@ -44,7 +44,7 @@ def exploding(steps):
     rate 0.003, 0.03 or 0.3, makes the loss NaN. With batch norm all gradients stay finite at all
     three rates. At the start they grow {growth:.3f}-fold per layer toward the input (theory: 1.211,
     Yang et al. 2019), {total:.0f}-fold from layer 50 to layer 2. After 30 steps at rate 0.3 the
-    first layer's gradient has fallen from {first:.0f} to less than 1.
+    first layer's gradient, {first:.0f} long at the start, is less than a hundredth of that.
     """
     first, readout = random(1, 64, 32) / 4, random(2, 32, 10) / 6
     hidden = random(3, 49, 32, 32) * 2 / 32**0.5
@@ -79,8 +79,10 @@ def exploding(steps):
     start = norms[normalized, 0]
     growth, theory = (start[0] / start[-1]) ** (1 / 48), np.sqrt(np.pi / (np.pi - 1))
     claim("with, at the start: sqrt(pi / (pi - 1)) per layer", abs(growth / theory - 1) < 0.05)
-    # How small it is depends on the rounding of 30 steps: 0.1 with jax 0.10, 0.3 with jax 0.12.
-    claim("with, after 30 steps at rate 0.3: less than 1", norms[normalized, 0.3][0] < 1)
+    # How small it is depends on the rounding of 30 steps: of 40 starts that differ by 1e-6 the
+    # median length is 0.3, the largest 4.9.
+    end = norms[normalized, 0.3]
+    claim("with, after 30 steps at rate 0.3: a hundredth", end[0] < start[0] / 100)
     numbers = {"plain": norms[plain, 0].max(), "growth": growth, "total": start[0] / start[-1]}
     return Answer(figure, numbers | {"first": start[0]})
 
