@@ -217,10 +217,8 @@ def _entered(current):
                 warnings.warn(switch.left_alone({layer.path: layer}), stacklevel=2)
             reported.add(layer.path)
             return call(*args, **kwargs)
-        options = current.at(layer.path)
-        if options is None:
-            return call(*args, **kwargs)
-        return _by_jbn(_with_options(layer, options), *args, **kwargs)
+        norm = as_called(layer)
+        return call(*args, **kwargs) if norm is layer else _by_jbn(norm, *args, **kwargs)
 
     with _ACTIVE(current), nn.intercept_methods(compute):
         yield
@@ -232,15 +230,13 @@ def _by_jbn(layer, x, use_running_average=None, *, mask=None):
 
 
 def as_called(layer: nn.BatchNorm) -> Any:
-    """The layer with the options that a `replacing` around its call gives it."""
-    if type(layer) is not nn.BatchNorm or _ACTIVE.value is None:
+    """The layer as a `replacing` around its call has it: what `_call` reads of a layer, with the
+    options given there. The layer itself where none replaces it."""
+    options = None
+    if type(layer) is nn.BatchNorm and _ACTIVE.value is not None:
+        options = _ACTIVE.value.at(layer.path)
+    if options is None:
         return layer
-    options = _ACTIVE.value.at(layer.path)
-    return layer if options is None else _with_options(layer, options)
-
-
-def _with_options(layer, options):
-    """What `_call` reads of a layer of flax's: its own, jbn's defaults, and these options."""
     new = {field.name: field.default for field in dataclasses.fields(BatchNorm)}
     own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
     scope = {key: getattr(layer, key) for key in ("variable", "param", "is_initializing")}

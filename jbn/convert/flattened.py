@@ -51,8 +51,14 @@ def reads_image(layer, after):
     if layer.of_images or layer.kind == "dense layer" or after is None:
         return layer.of_images
     # A densenet's norm reads the channels of many convolutions, and a convolution reads them all.
-    inputs = {"convolution": 1, "transposed convolution": 0}.get(after.kind)
-    return inputs is not None and after.tensors["weight"].shape[inputs] == features(layer)[0]
+    return "convolution" in after.kind and _channels_read(after) == features(layer)[0]
+
+
+def _channels_read(layer):
+    """The channels of the image that a convolution (in one group) or a norm reads."""
+    if "convolution" not in layer.kind:
+        return features(layer)[0]
+    return layer.tensors["weight"].shape[1 if layer.kind == "convolution" else 0]
 
 
 def channels_of(layer, shape, before):
@@ -112,19 +118,20 @@ def made_flat(layers, flattened):
         of `flattened` that name other layers than those that read such images)
     """
     made, rest = {}, dict(flattened)
-    makers, channels = [], None  # the last dense layer and its norms; of the image before it
+    makers, size = [], None  # the last dense layer with the norms behind it; its features
+    channels = None  # of the image before it
     for prefix, layer in layers.items():
-        size = layers[makers[0]].tensors["weight"].shape[0] if makers else None
         is_convolution = "convolution" in layer.kind
         if layer.kind == "dense layer":
-            makers = [prefix]
-        elif "norm" in layer.kind and features(layer) == (size,):
+            makers, size = [prefix], layer.tensors["weight"].shape[0]
+        elif makers and "norm" in layer.kind and features(layer) == (size,):
             makers.append(prefix)
         elif is_convolution or layer.kind == "batch norm":
-            if makers:
-                settled = {prefix: rest.pop(prefix)} if prefix in rest else {}
-                shape = _shape_made(prefix, layer, size, channels, settled)
+            # A norm of more features than the dense layer makes reads something else.
+            if makers and (is_convolution or _channels_read(layer) < size):
+                shape = _shape_made(prefix, layer, size, channels, rest)
                 made |= {} if shape is None else dict.fromkeys(makers, shape)
+                rest.pop(prefix, None)
             elif is_convolution and prefix in rest:
                 raise ValueError(
                     f"flattened names {[prefix]}, a {layer.kind}, expected a dense layer before it "
@@ -136,15 +143,14 @@ def made_flat(layers, flattened):
     return made, rest
 
 
-def _shape_made(prefix, layer, size, channels, settled):
+def _shape_made(prefix, layer, size, channels, flattened):
     """The shape of the image that this layer reads, if a dense layer has made it flat, or None.
 
     size: the features of the dense layer. channels: of the image before it.
     """
-    weight = layer.tensors["weight"].shape if "convolution" in layer.kind else features(layer)
-    read = weight[1] if layer.kind == "convolution" else weight[0]
-    if prefix in settled:
-        shape = settled[prefix]
+    read = _channels_read(layer)
+    if prefix in flattened:
+        shape = flattened[prefix]
         if shape is not None and (math.prod(shape) != size or shape[0] % read):
             raise ValueError(
                 f"flattened[{prefix!r}] is {shape}, expected the {size} values that the dense "

@@ -385,6 +385,12 @@ def test_dense_layers_before_a_layer_that_does_not_read_them():
     models.from_torch_model(torch.nn.Sequential(*gate))
     scale_and_shift = [conv(3, 4, 3), linear(5, 8), conv(4, 4, 3)]
     models.from_torch_model(torch.nn.Sequential(*scale_and_shift))
+    flat = [linear(5, 8), torch.nn.BatchNorm1d(48)]  # of which the norm reads a flattened image
+    scale = torch.arange(48.0)
+    flat[1].weight.data = scale
+    params = models.from_torch_model(torch.nn.Sequential(*flat), flattened={"1": (4, 4, 3)})
+    moved = scale.numpy().reshape(4, 4, 3).transpose(1, 2, 0).ravel()
+    np.testing.assert_array_equal(params["params"]["1"]["scale"], moved)
     image = [linear(5, 24), torch.nn.BatchNorm2d(4), conv(4, 2, 2)]
     for source in (torch.nn.Sequential(*image), torch.nn.Sequential(*image).state_dict()):
         with pytest.raises(ValueError, match="'1' reads 4 channels, the dense layer before makes"):
