@@ -10,6 +10,7 @@ from jax.nn import initializers
 
 from jbn.core import layer, running, stats, validate
 from jbn.core.config import Config
+from jbn.kernels.backends import Implementation
 from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
 
@@ -48,8 +49,7 @@ def init(
     use_bias = validate.flag(use_bias, "use_bias")
     for name, initializer in (("scale_init", scale_init), ("bias_init", bias_init)):
         validate.function(initializer, name, "of (key, shape, dtype), as in jax.nn.initializers")
-    if key is not None and not hasattr(key, "dtype"):
-        raise TypeError(f"key is {key!r:.60}, expected a PRNG key such as jax.random.key(0)")
+    validate.key(key)
     keys = (None, None) if key is None else jax.random.split(key)
     scale = scale_init(keys[0], shape, param_dtype) if use_scale else None
     bias = bias_init(keys[1], shape, param_dtype) if use_bias else None
@@ -76,7 +76,7 @@ def batch_norm_train(
     unbiased: bool = False,
     skip_nonfinite: bool = False,
     dtype: Any = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, State]:
     """Normalize by the statistics of the batch, and update the state with them.
 
@@ -120,26 +120,18 @@ def batch_norm_train(
 
     Reference: Ioffe & Szegedy 2015, algorithm 1.
     """
-    x, config, weights, residual = _checked(
-        x,
-        params,
-        state,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        weights=weights,
-        residual=residual,
-        activation=activation,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        virtual_batch_size=virtual_batch_size,
-        unbiased=unbiased,
-        skip_nonfinite=skip_nonfinite,
-        dtype=dtype,
-        implementation=implementation,
-    )
-    known = {"config": config, "momentum": momentum, "eps": eps}
-    return layer.train(x, params, state, **known, weights=weights, residual=residual)
+    options: dict[str, Any] = {
+        "axis": axis,
+        "activation": activation,
+        "dtype": dtype,
+        "implementation": implementation,
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "virtual_batch_size": virtual_batch_size,
+        "unbiased": unbiased,
+        "skip_nonfinite": skip_nonfinite,
+    }
+    return _train(x, params, state, options, momentum, eps, weights, residual)
 
 
 def batch_renorm_train(
@@ -160,7 +152,7 @@ def batch_renorm_train(
     unbiased: bool = False,
     skip_nonfinite: bool = False,
     dtype: Any = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Array, State]:
     """Normalize by the statistics of the batch, corrected toward the running ones, and update the
     state.
@@ -194,26 +186,18 @@ def batch_renorm_train(
     Reference: Ioffe 2017, algorithm 1.
     """
     validate.limits(r_max, d_max)
-    x, config, weights, residual = _checked(
-        x,
-        params,
-        state,
-        axis=axis,
-        momentum=momentum,
-        eps=eps,
-        weights=weights,
-        residual=residual,
-        activation=activation,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        unbiased=unbiased,
-        skip_nonfinite=skip_nonfinite,
-        dtype=dtype,
-        implementation=implementation,
-    )
-    known = {"config": config, "momentum": momentum, "eps": eps}
+    options: dict[str, Any] = {
+        "axis": axis,
+        "activation": activation,
+        "dtype": dtype,
+        "implementation": implementation,
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "unbiased": unbiased,
+        "skip_nonfinite": skip_nonfinite,
+    }
     limits = {"r_max": r_max, "d_max": d_max}
-    return layer.train(x, params, state, **known, weights=weights, residual=residual, limits=limits)
+    return _train(x, params, state, options, momentum, eps, weights, residual, limits)
 
 
 def batch_norm_eval(
@@ -226,7 +210,7 @@ def batch_norm_eval(
     residual: Array | None = None,
     activation: Callable[[Array], Array] | None = None,
     dtype: Any = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
     """Normalize by the running statistics: a fixed affine map per feature, which no other example
     influences.
@@ -324,9 +308,7 @@ def psum_moments(
         ValueError: axis_name is not bound.
     """
     validate.moments(m, "m")
-    if axis_name is None:
-        raise TypeError("axis_name is None, expected the name of a mapped axis: m is the whole")
-    validate.mapped_axis(axis_name)
+    validate.mapped_axis(axis_name, required=True)
     return stats.psum_moments(m, axis_name, validate.groups(axis_index_groups, axis_name))
 
 
@@ -366,15 +348,10 @@ def update_state(
     )
 
 
-def _checked(
-    x, params, state, *, momentum, eps, weights, residual, virtual_batch_size=None, **options
-) -> tuple[Array, Config, Array | None, Array | None]:
-    """(x, config, weights, residual) of a training call, once everything is found to fit.
-
-    `options` are the other fields of `Config`, as the user gave them.
-    """
-    x = validate.array(x, "x")
-    given = Config(**options)
+def _train(x, params, state, options, momentum, eps, weights, residual, limits=None):
+    """`layer.train`, once everything is found to fit; `options` are the fields of `Config` as the
+    user gave them."""
+    x, given = validate.array(x, "x"), Config(**options)
     axis = validate.axis(given.axis, x.ndim)
     validate.parameters(params, state, x, axis)
     validate.updatable(state)
@@ -382,7 +359,7 @@ def _checked(
     validate.epsilon(eps, x.dtype)
     weights = validate.weights(weights, x)
     validate.mapped_axis(given.axis_name)
-    virtual_batch_size = validate.virtual_batch(virtual_batch_size, x, axis)
+    virtual_batch_size = validate.virtual_batch(given.virtual_batch_size, x, axis)
     validate.batch(x, axis, weights, given.axis_name, virtual_batch_size)
     config = given._replace(
         axis=axis,
@@ -394,4 +371,6 @@ def _checked(
         unbiased=validate.flag(given.unbiased, "unbiased"),
         skip_nonfinite=validate.flag(given.skip_nonfinite, "skip_nonfinite"),
     )
-    return x, config, weights, validate.residual(residual, x)
+    residual = validate.residual(residual, x)
+    known = {"config": config, "momentum": momentum, "eps": eps, "weights": weights}
+    return layer.train(x, params, state, **known, residual=residual, limits=limits)

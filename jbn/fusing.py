@@ -208,7 +208,7 @@ def _fuse_one(index, norm, equations, users, norms):
 
 def _reason(norm, equation, found, following, residual, equations):
     """Why the norm cannot be computed with what follows it; "" if it can."""
-    if norm.config.activation is not None:
+    if norm.steps.config.activation is not None:
         return "it has an activation of its own"
     if found is None:
         readers = [_reader(k, equations) for k in following]

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jbn.core import flax_common, renorm, switch, validate
+from jbn.core import flax_common, switch, validate
+from jbn.kernels.backends import Implementation
 from jbn.types import Params, State
 
 
@@ -59,7 +60,7 @@ class BatchNorm(nn.BatchNorm):
     unbiased: bool = False
     skip_nonfinite: bool = False
     update_stats: bool = True
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -138,11 +139,13 @@ class BatchRenorm(BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         steps = None
-        if renorm.counts(self) and not evaluating:
+        if flax_common.needs_steps(self) and not evaluating:
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        limits = renorm.CLOSED
+        limits = flax_common.CLOSED_LIMITS
         if not evaluating:
-            limits = renorm.limits_at(self, None if steps is None else steps.value, r_max, d_max)
+            limits = flax_common.renorm_limits(
+                self, None if steps is None else steps.value, r_max, d_max
+            )
         return _call(
             self, x, use_running_average, mask=mask, residual=residual, limits=limits, steps=steps
         )

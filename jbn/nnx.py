@@ -16,7 +16,8 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from jbn import fusing
-from jbn.core import flax_common, renorm, switch, validate
+from jbn.core import flax_common, switch, validate
+from jbn.kernels.backends import Implementation
 from jbn.types import Params, State
 
 Model = TypeVar("Model")
@@ -86,7 +87,7 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: bool = False,
         skip_nonfinite: bool = False,
         update_stats: bool = True,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
     ):
         super().__init__(
             num_features,
@@ -228,7 +229,7 @@ class BatchRenorm(BatchNorm):
         self.r_max = r_max
         self.d_max = d_max
         self.warmup_steps = warmup_steps
-        if renorm.counts(self):
+        if flax_common.needs_steps(self):
             self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
@@ -248,10 +249,12 @@ class BatchRenorm(BatchNorm):
             r_max, d_max: in place of the constructor's, during warmup_steps too; may be traced.
         """
         evaluating = self._evaluating(use_running_average)
-        steps = self.steps if renorm.counts(self) and not evaluating else None
-        limits = renorm.CLOSED
+        steps = self.steps if flax_common.needs_steps(self) and not evaluating else None
+        limits = flax_common.CLOSED_LIMITS
         if not evaluating:
-            limits = renorm.limits_at(self, None if steps is None else steps[...], r_max, d_max)
+            limits = flax_common.renorm_limits(
+                self, None if steps is None else steps[...], r_max, d_max
+            )
         return self._call(x, evaluating, mask, residual, limits, steps)
 
 

@@ -1,6 +1,7 @@
 """The contract: what every implementation takes and returns, and the formulas that they share.
 
-An implementation is a module of jbn.kernels with these four functions:
+An implementation is a module of jbn.kernels with these four functions (backends.py lists those that
+are written in Pallas):
 
     fwd_stats(x, shift, weights, *, axis) -> Stats
     fwd_apply(x, affine, residual, *, axis, activation, dtype) -> y

@@ -21,9 +21,9 @@ ALLOWED = {
     ("convert", "fold"),  # the pairs of torch's models by name
     ("recalibrate", "health"),  # the moments of what each norm reads
 }
-# Whoever may import jbn.kernels: op runs them; seam alone, which holds the shared formulas,
-# is open to all.
-SEAM = "jbn.kernels.seam"
+# Whoever may import jbn.kernels: op runs them. The shared formulas and the list of the backends are
+# open to all.
+OPEN = ("jbn.kernels.seam", "jbn.kernels.backends")
 
 
 def imported(path, package):
@@ -68,7 +68,7 @@ def forbidden(name, path, *, is_package=False):
 def _may_import(own, other):
     """Whether jbn.<own> may import jbn.<other>, a module or a name in one."""
     if other == "kernels" or other.startswith("kernels."):
-        return f"jbn.{other}".startswith(SEAM) or own == "core.op" or own.startswith("bench")
+        return f"jbn.{other}".startswith(OPEN) or own == "core.op" or own.startswith("bench")
     if own in ORDER:
         return any(
             other == module or other.startswith(f"{module}.")

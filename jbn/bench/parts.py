@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn.bench import cases, kernel_checks, model, op, peer_layers, peers, report, timing
-from jbn.core.op import PLATFORMS
+from jbn.kernels.backends import PLATFORMS
 
 Rows = list[dict[str, Any]]
 

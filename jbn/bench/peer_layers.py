@@ -14,6 +14,7 @@ from flax import nnx
 
 from jbn import linen
 from jbn.bench.cases import Problem
+from jbn.kernels.backends import Implementation
 
 MOMENTUM, EPS = 0.9, 1e-5
 
@@ -32,7 +33,7 @@ def flax_linen(problem: Problem) -> Layer:
     return _of_linen(norm, problem, lambda y, residual: after(problem, y, residual))
 
 
-def jbn_linen(problem: Problem, *, implementation: str | None = None) -> Layer:
+def jbn_linen(problem: Problem, *, implementation: Implementation | None = None) -> Layer:
     norm = linen.BatchNorm(
         axis=problem.case.axis,
         momentum=MOMENTUM,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jbn.bench import peer_layers
 from jbn.bench.cases import Problem
-from jbn.core.op import PLATFORMS
+from jbn.kernels.backends import PLATFORMS, Implementation
 
 
 class Peer(NamedTuple):
@@ -140,8 +140,10 @@ def jit_as(name: str, fn: Callable) -> Callable:
     return jax.jit(fn)
 
 
-def _implementations(backend) -> Iterator[str | None]:
+def _implementations(backend) -> Iterator[Implementation | None]:
     """What can run here; "xla" is the default itself where there is no kernel."""
     platform = "cuda" if backend == "gpu" else backend
-    kernels = [name for name, platforms in PLATFORMS.items() if platform in platforms]
-    yield from (None, "xla", *kernels) if kernels else (None,)
+    kernels: list[Implementation] = [k for k, places in PLATFORMS.items() if platform in places]
+    yield None
+    if kernels:
+        yield from ("xla", *kernels)

@@ -60,6 +60,9 @@ class _Map(NamedTuple):
     trees: tuple  # of the point, the tangents and what `forward` returns
     types: tuple  # of the tangents and what `forward` returns
     is_transpose: bool = False
+    # Under vmap a part of the point is mapped, all values are, over axis 0.
+    vmaps: tuple = ()  # the innermost first: (in_axes of the point, other arguments of jax.vmap)
+    mapped_types: tuple = ()  # as `types`, with the mapped axes
 
     @property
     def num_point(self) -> int:
@@ -67,12 +70,18 @@ class _Map(NamedTuple):
 
     @property
     def results(self) -> tuple:
-        return self.types[0 if self.is_transpose else 1]
+        return (self.mapped_types or self.types)[0 if self.is_transpose else 1]
 
     def transposed(self):
         return self._replace(is_transpose=not self.is_transpose)
 
     def __call__(self, *operands):
+        run, mapped = self._run, (0,) * (len(operands) - self.num_point)
+        for in_axes, arguments in self.vmaps:
+            run = jax.vmap(run, (*in_axes, *mapped), **dict(arguments))
+        return run(*operands)
+
+    def _run(self, *operands):
         point_tree, in_tree, out_tree = self.trees
         point = jax.tree.unflatten(point_tree, operands[: self.num_point])
         values = operands[self.num_point :]
@@ -85,30 +94,6 @@ class _Map(NamedTuple):
         is_none = lambda leaf: leaf is None
         keep = lambda want, ct: ct if want is not None else None
         return jax.tree.leaves(jax.tree.map(keep, wanted, found, is_leaf=is_none))
-
-
-class _Batched(NamedTuple):
-    """A map under vmap: a part of the point is mapped, all values are, over axis 0."""
-
-    op: Any
-    in_axes: tuple[int | None, ...]  # of the point
-    vmap_arguments: tuple  # of (name, value)
-    types: tuple  # of the values and the results
-
-    @property
-    def num_point(self) -> int:
-        return self.op.num_point
-
-    @property
-    def results(self) -> tuple:
-        return self.types[1]
-
-    def transposed(self):
-        return self._replace(op=self.op.transposed(), types=self.types[::-1])
-
-    def __call__(self, *operands):
-        in_axes = (*self.in_axes, *(0,) * (len(operands) - self.num_point))
-        return jax.vmap(self.op, in_axes, 0, **dict(self.vmap_arguments))(*operands)
 
 
 _linear = Primitive("jbn_linear")
@@ -159,10 +144,11 @@ def _batch(axis_data, operands, dims, *, op, contains):
     if type(axis_data.name) is not object:  # a bare object() stands for an axis without a name
         arguments["axis_name"] = axis_data.name
     in_axes = tuple(None if dim is None else 0 for dim in dims[:n])
-    batched = _Batched(op, in_axes, tuple(arguments.items()), ())
+    batched = op._replace(vmaps=(*op.vmaps, (in_axes, tuple(arguments.items()))))
+    values = tuple(map(jax.typeof, moved[n:]))
     results = tuple(jax.make_jaxpr(batched)(*moved).out_avals)
-    batched = batched._replace(types=(tuple(map(jax.typeof, moved[n:])), results))
-    out = _linear.bind(*moved, op=batched, contains=contains)
+    types = (results, values) if op.is_transpose else (values, results)
+    out = _linear.bind(*moved, op=batched._replace(mapped_types=types), contains=contains)
     return out, [0] * len(out)
 
 

@@ -5,7 +5,7 @@ Only programs that are traced inside `marked` have such equations.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -17,6 +17,16 @@ from jbn.core.config import Config
 
 # Whether this thread traces marks. JAX makes it part of the key of every jit's cache.
 _MARKED = jax.make_user_context(False)
+
+
+class Norm(NamedTuple):
+    """What the equation of a norm computes."""
+
+    function: Callable  # module-level; of the arguments and config
+    config: Config
+
+    def __call__(self, *arguments):
+        return self.function(*arguments, config=self.config)
 
 
 @contextlib.contextmanager
@@ -38,27 +48,24 @@ def call(function: Callable, x: Array, *arguments: Any, config: Config) -> Any:
     in_shards = lambda: AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types
     if not _MARKED.value or config.axis_name is not None or in_shards():
         return function(*arguments, config=config)
-    leaves, tree = jax.tree.flatten(arguments)
-    norm = op.Inlined(function, tree, config, ())
-    program, out = jax.make_jaxpr(norm, return_shape=True)(*leaves)
-    norm = norm._replace(types=tuple(program.out_avals))
-    results = op.primitive.bind(*leaves, call=norm, devices=op.needs_devices())
-    return jax.tree.unflatten(jax.tree.structure(out), results)
+    return op.in_one(Norm(function, config), *arguments)
 
 
-def norm_of(equation: JaxprEqn) -> op.Inlined | None:
-    """The norm that an equation of a program stands for, or None."""
+def norm_of(equation: JaxprEqn) -> op.Whole | None:
+    """The norm that an equation of a program stands for, whose `steps` are a Norm, or None."""
     norm = equation.params.get("call") if equation.primitive is op.primitive else None
-    return norm if isinstance(norm, op.Inlined) else None
+    return norm if isinstance(getattr(norm, "steps", None), Norm) else None
 
 
-def with_activation(norm: op.Inlined, activation: Callable, has_residual: bool) -> op.Inlined:
+def with_activation(norm: op.Whole, activation: Callable, has_residual: bool) -> op.Whole:
     """The norm that applies the activation too.
 
     With `has_residual` its equation reads a residual after its other operands.
     """
+    steps: Any = norm.steps
     tree = norm.tree
     if has_residual:
         arguments = jax.tree.unflatten(tree, range(tree.num_leaves))
         tree = jax.tree.structure((*arguments[:-1], tree.num_leaves))
-    return norm._replace(tree=tree, config=norm.config._replace(activation=activation))
+    config = steps.config._replace(activation=activation)
+    return norm._replace(steps=steps._replace(config=config), tree=tree)

@@ -8,7 +8,6 @@ the specification (they occur in second and higher order only, see autodiff).
 
 import functools
 import hashlib
-import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -25,11 +24,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jbn.core import sharding, stats
 from jbn.core.config import Config
-from jbn.kernels import xla, xla_cpu, xla_gpu, xla_tpu
+from jbn.kernels import backends, xla, xla_cpu, xla_gpu, xla_tpu
 from jbn.kernels.seam import (
     BwdApply,
     BwdStats,
-    Device,
     FwdApply,
     FwdStats,
     Options,
@@ -39,9 +37,8 @@ from jbn.kernels.seam import (
     num_values,
 )
 
-# The Pallas backends and where each runs. None of them has been measured on a card or chip yet, so
-# implementation=None means XLA's own fusions everywhere, placed as suits the platform.
-PLATFORMS = {"triton": ("cuda",), "mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",)}
+# No Pallas backend has been measured on a card or chip yet, so implementation=None means XLA's own
+# fusions everywhere, placed as suits the platform.
 PLACEMENTS = {"cuda": xla_gpu, "tpu": xla_tpu}
 
 
@@ -163,13 +160,23 @@ class _Call(NamedTuple):
         return [dtype for dtype in dtypes if dtype is not None]
 
 
-class _OneKernel(NamedTuple):
-    """A whole pass, forward or backward, by one kernel where the program is for one device."""
+class Whole(NamedTuple):
+    """Several steps, each of them one of the four functions, that stand as one equation."""
 
-    implementation: str
-    kernel: Callable  # of leaves
-    twin: Callable  # the same in two steps, each of them one of the four functions
+    steps: Callable  # of the arguments
+    tree: Any  # of the arguments
     types: tuple  # of the results
+    kernel: Callable | None  # of the arguments, too
+    implementation: str | None  # whose kernel it is
+
+    @property
+    def twin(self) -> Callable:
+        """The steps, of leaves."""
+        return self.flat(self.steps)
+
+    def flat(self, function) -> Callable:
+        """A function of the arguments as one of leaves."""
+        return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(self.tree, leaves)))
 
     def batched(self, leaves, dims, devices) -> list:
         del devices
@@ -180,26 +187,29 @@ class _OneKernel(NamedTuple):
         return self.types
 
 
-class Inlined(NamedTuple):
-    """A function that stands in a traced program as one equation, for whoever rewrites it.
+def in_one(
+    steps: Callable,
+    *args: Any,
+    kernel: Callable | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """steps(*args) as one equation of the traced program, for whoever runs or rewrites it as one.
 
-    Derivatives, vmap and lowering put the program of the function in its place.
+    Args:
+        steps: hashable function of pytrees of arrays. Derivatives, vmap and lowering put its
+            program in the place of the equation.
+        args: of it.
+        kernel: the same in one launch; runs instead where the program is compiled for a single
+            device. If it declines by returning None, there is no equation.
+        implementation: whose kernel it is.
     """
-
-    function: Callable  # module-level; of the arguments and config
-    tree: Any  # of the arguments
-    config: Config
-    types: tuple  # of the results
-
-    batched, results = _OneKernel.batched, _OneKernel.results
-
-    @property
-    def twin(self) -> Callable:
-        """The function of leaves."""
-        return lambda *leaves: jax.tree.leaves(self(*leaves))
-
-    def __call__(self, *leaves):
-        return self.function(*jax.tree.unflatten(self.tree, leaves), config=self.config)
+    if kernel is not None and jax.eval_shape(kernel, *args) is None:
+        return steps(*args)
+    leaves, tree = jax.tree.flatten(args)
+    jaxpr, shapes = jax.make_jaxpr(steps, return_shape=True)(*args)
+    call = Whole(steps, tree, tuple(jaxpr.out_avals), kernel, implementation)
+    out = primitive.bind(*leaves, call=call, devices=needs_devices())
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
 
 def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
@@ -211,29 +221,14 @@ def one_kernel(name: str, config: Config, x: Array) -> Callable | None:
         config: of the layer.
         x: array.
     """
-    kernels, interpret = _kernels(config.implementation or "xla")
-    if kernels is None or not sharding.is_automatic(x):
+    backend = backends.named(config.implementation)
+    kernel = getattr(backend and backend.kernels, name, None)
+    if backend is None or kernel is None or not sharding.is_automatic(x):
         return None
-    device = _device()
-    kernel = getattr(kernels, name, None)
-    if kernel is None or device is None or kernels.unsupported(x.shape, x.dtype, config.axis):
+    device = backends.device()
+    if device is None or backend.unsupported(x.shape, x.dtype, config.axis):
         return None
-    return functools.partial(kernel, device=device, interpret=interpret)
-
-
-def in_one(implementation: str | None, kernel: Callable, two_steps: Callable, *args: Any) -> Any:
-    """kernel(*args) if the program is compiled for a single device; two_steps(*args) on several
-    devices, under vmap, and if the kernel declines by returning None."""
-    if jax.eval_shape(kernel, *args) is None:
-        return two_steps(*args)
-    leaves, tree = jax.tree.flatten(args)
-    flat = lambda fn: lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves)))
-    jaxpr, shapes = jax.make_jaxpr(two_steps, return_shape=True)(*args)
-    call = _OneKernel(
-        implementation or "xla", flat(kernel), flat(two_steps), tuple(jaxpr.out_avals)
-    )
-    out = primitive.bind(*leaves, call=call, devices=needs_devices())
-    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+    return functools.partial(kernel, device=device, interpret=backend.interpret)
 
 
 # --- Before lowering ---------------------------------------------------------------------------
@@ -253,7 +248,7 @@ def _jvp(primals, tangents, *, call, devices):
         return call.twin(*leaves.values())
 
     out, t_out = jax.jvp(along, [primals[k] for k in moving], [tangents[k] for k in moving])
-    if not isinstance(call, Inlined):
+    if isinstance(call, _Call) or call.kernel is not None:
         out = primitive.bind(*primals, call=call, devices=devices)
     return out, t_out
 
@@ -282,17 +277,14 @@ def _lower(context, *leaves, call, devices):
     return values
 
 
-def _program(
-    call: _Call | _OneKernel | Inlined, module: Any, avals: Any, is_spread: bool
-) -> Callable:
+def _program(call: _Call | Whole, module: Any, avals: Any, is_spread: bool) -> Callable:
     """The function of leaves that the program runs, from all that decides it."""
-    if isinstance(call, Inlined):
-        return call.twin
-    if isinstance(call, _OneKernel):
-        if not _is_alone(module):
+    if isinstance(call, Whole):
+        if call.kernel is None or not _is_alone(module):
             return call.twin
-        _refuse_elsewhere(call.implementation, module.platforms)
-        return call.kernel
+        if backend := backends.named(call.implementation):
+            backend.refuse_elsewhere(module.platforms)
+        return call.flat(call.kernel)
     x = avals[0]
     local = _local(call, module, x)
     kinds = x.sharding.mesh.axis_types
@@ -317,18 +309,17 @@ def _is_alone(module):
 
 def _local(call, module, x):
     """The implementation: by platform for XLA's fusions, else the kernel that was asked for."""
-    platforms = module.platforms
-    kernels, interpret = _kernels(call.implementation)
-    if kernels is None:
-        if _is_symbolic(x):
+    platforms, backend = module.platforms, backends.named(call.implementation)
+    if backend is None:
+        if backends.is_symbolic(x.shape):
             return call.on(xla)
         if len(platforms) == 1:
             return _placed(call, platforms[0])
         placed = {platform: _placed(call, platform) for platform in ("cpu", *PLACEMENTS)}
         return lambda *leaves: lax.platform_dependent(*leaves, default=call.on(xla), **placed)
     _refuse_unsupported(call, x)
-    _refuse_elsewhere(call.implementation, platforms)
-    return call.on(kernels, interpret=interpret)
+    backend.refuse_elsewhere(platforms)
+    return call.on(backend.kernels, interpret=backend.interpret)
 
 
 def _placed(call, platform):
@@ -338,27 +329,10 @@ def _placed(call, platform):
     return call.on(PLACEMENTS.get(platform, xla))
 
 
-def _is_symbolic(x):
-    """Whether x is exported with a symbolic batch or the like."""
-    return not all(isinstance(n, int) for n in x.shape)
-
-
-def _kernels(implementation: str) -> tuple[Any, bool]:
-    """(the module of a Pallas backend, or None for XLA; whether to interpret it)."""
-    backend, _, interpret = implementation.partition("/")
-    module = None if backend == "xla" else importlib.import_module(f"jbn.kernels.{backend}")
-    return module, bool(interpret)
-
-
 def _unsupported(call, x):
     """Why the kernel that was asked for cannot take x or a shard of it, or None."""
-    kernels, _ = _kernels(call.implementation)
-    if kernels is None:
-        return None
-    shape = x.shape[call.mapped :]
-    if _is_symbolic(x):
-        return f"takes no symbolic shape such as {shape}"
-    return kernels.unsupported(shape, x.dtype, call.options.axis)
+    backend = backends.named(call.implementation)
+    return backend and backend.unsupported(x.shape[call.mapped :], x.dtype, call.options.axis)
 
 
 def _refuse_unsupported(call, x):
@@ -366,35 +340,6 @@ def _refuse_unsupported(call, x):
         raise NotImplementedError(
             f"implementation {call.implementation!r} {reason}: use implementation=None"
         )
-
-
-def _refuse_elsewhere(implementation, platforms):
-    """Say why the kernel cannot be lowered for this platform or device, if it cannot."""
-    kernels, interpret = _kernels(implementation)
-    if interpret:
-        return
-    runs_on = PLATFORMS[implementation]
-    if not set(platforms) <= set(runs_on):
-        raise NotImplementedError(
-            f"implementation {implementation!r} runs on {' and '.join(runs_on)}, not on "
-            f"{', '.join(platforms)}: use implementation=None, or '{implementation}/interpret' to "
-            "check numbers anywhere"
-        )
-    device = _device()
-    reason = None if device is None else kernels.unsupported_device(device.kind)
-    if reason is not None:
-        raise NotImplementedError(f"implementation {implementation!r} {reason}")
-
-
-def _device() -> Device | None:
-    """The device that the program is meant for, or else runs on; None for a plain CPU."""
-    meant = jax.sharding.get_abstract_mesh().abstract_device
-    if meant is not None:
-        return Device(meant.device_kind, meant.num_cores or 1)
-    first = jax.local_devices()[0]
-    if first.platform == "cpu":
-        return None
-    return Device(first.device_kind, getattr(first, "core_count", 1))
 
 
 # --- Over several devices ----------------------------------------------------------------------

@@ -63,7 +63,8 @@ def forward(
         return _stats_then_apply(config, operands, weights, guess)
     one, two = (functools.partial(f, config) for f in (kernel, _stats_then_apply))
     in_one = lambda operands, weights, guess: one(operands)
-    return op.in_one(config.implementation, in_one, two, operands, weights, guess)
+    known = {"kernel": in_one, "implementation": config.implementation}
+    return op.in_one(two, operands, weights, guess, **known)
 
 
 def _stats_then_apply(config, operands, weights, guess):
@@ -117,7 +118,7 @@ def backward(config: Config, point: Point, cotangents: Any, wanted: Any) -> tupl
     if kernel is None:
         return two(point, cotangents)
     one = functools.partial(kernel, config, residual_dtype)
-    return op.in_one(config.implementation, one, two, point, cotangents)
+    return op.in_one(two, point, cotangents, kernel=one, implementation=config.implementation)
 
 
 def _sums_then_dx(config, want_x, residual_dtype, point, cotangents):

@@ -14,18 +14,9 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from jbn.kernels.backends import IMPLEMENTATIONS
 from jbn.kernels.seam import accumulator
 from jbn.types import Moments, Params, State
-
-IMPLEMENTATIONS = (
-    "xla",
-    "triton",
-    "mosaic_gpu",
-    "mosaic_tpu",
-    "triton/interpret",
-    "mosaic_gpu/interpret",
-    "mosaic_tpu/interpret",
-)
 
 
 def array(value: Any, name: str) -> Array:
@@ -226,6 +217,12 @@ def function(value: Any, name: str, meaning: str) -> Any:
     return value
 
 
+def key(value: Any) -> None:
+    """A PRNG key, of either kind, or None."""
+    if value is not None and not hasattr(value, "dtype"):
+        raise TypeError(f"key is {value!r:.60}, expected a PRNG key such as jax.random.key(0)")
+
+
 def mapping(value: Any, name: str, expected: str) -> Any:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.60}), expected {expected}")
@@ -249,8 +246,10 @@ def implementation(value: str | None) -> str | None:
     return value
 
 
-def mapped_axis(axis_name: Hashable | None) -> None:
+def mapped_axis(axis_name: Hashable | None, *, required: bool = False) -> None:
     """A name, or a tuple of names, that shard_map, pmap or vmap gave to an axis around the call."""
+    if axis_name is None and required:
+        raise TypeError("axis_name is None, expected the name of a mapped axis: m is the whole")
     try:
         hash(axis_name)
     except TypeError:

@@ -66,7 +66,7 @@ def test_one_device_or_more():
     """The kernel of a whole pass only where all rows are at hand; elsewhere, and under
     transformations, the two apart."""
     in_one, apart = lambda x: x + 1, lambda x: x + 2
-    layer = lambda x: op.in_one("xla/interpret", in_one, apart, x)
+    layer = lambda x: op.in_one(apart, x, kernel=in_one, implementation="triton/interpret")
     split = jax.device_put(
         X, NamedSharding(jax.make_mesh((2,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows"))
     )
@@ -74,7 +74,7 @@ def test_one_device_or_more():
     np.testing.assert_array_equal(jax.jit(layer)(split), X + 2)
     np.testing.assert_array_equal(jax.jit(jax.vmap(layer))(X), X + 2)
     np.testing.assert_array_equal(jax.jvp(layer, (X,), (X,))[1], X)
-    np.testing.assert_array_equal(op.in_one("xla/interpret", lambda x: None, apart, X), X + 2)
+    np.testing.assert_array_equal(op.in_one(apart, X, kernel=lambda x: None), X + 2)
 
 
 @pytest.mark.parametrize(

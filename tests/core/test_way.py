@@ -1,5 +1,6 @@
 """The way of a call: how few frames, primitives and lines of program it takes."""
 
+import inspect
 import os
 import pathlib
 import subprocess
@@ -15,8 +16,8 @@ from jax import export
 
 import jbn
 import jbn.linen
-from jbn.core import linear, op
-from jbn.kernels import xla
+from jbn.core import linear
+from jbn.kernels import backends, xla
 
 PACKAGE = pathlib.Path(jbn.__file__).parent
 PARAMS, STATE = jbn.init(7)
@@ -180,4 +181,11 @@ def test_results_are_typed_as_they_are():
     x = jnp.ones((6, 7), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(lambda x: jbn.batch_norm_train(x, PARAMS, STATE)[0])(x)
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
-    assert op.PLATFORMS.keys() == {"triton", "mosaic_gpu", "mosaic_tpu"}
+
+
+def test_the_backends_are_named_once():
+    """What implementation= takes is what help() and type checkers say, and what PLATFORMS lists."""
+    names = backends.PLATFORMS
+    assert set(backends.IMPLEMENTATIONS) == {"xla", *names, *(f"{n}/interpret" for n in names)}
+    annotation = str(inspect.signature(jbn.batch_norm_train))
+    assert all(repr(name) in annotation for name in backends.IMPLEMENTATIONS)
