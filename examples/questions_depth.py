@@ -44,7 +44,7 @@ def exploding(steps):
     rate 0.003, 0.03 or 0.3, makes the loss NaN. With batch norm all gradients stay finite at all
     three rates. At the start they grow {growth:.3f}-fold per layer toward the input (theory: 1.211,
     Yang et al. 2019), {total:.0f}-fold from layer 50 to layer 2. After 30 steps at rate 0.3 the
-    first layer's gradient, {first:.0f} long at the start, is less than a hundredth of that.
+    gradient of layer 2, {first:.0f} long at the start, is less than a hundredth of that.
     """
     first, readout = random(1, 64, 32) / 4, random(2, 32, 10) / 6
     hidden = random(3, 49, 32, 32) * 2 / 32**0.5

@@ -127,9 +127,14 @@ def overview(report: Any) -> Any:
                 color = COLORS["without"] if m.findings else COLORS["jbn"]
                 ax.plot([values.min(), values.max()], [y, y], "-", color=color, lw=2)
                 ax.plot(np.median(values), y, "|", color="black", ms=size)
-        if name in _LOGARITHMIC:
-            ax.set_xscale("symlog", linthresh=_LOGARITHMIC[name])
+        # Over less than two decades a logarithmic axis has hardly a tick.
+        smallest, largest = np.abs(ax.dataLim.intervalx)
+        linear_to = _LOGARITHMIC.get(name, np.inf)
+        if largest > 100 * max(smallest, linear_to):
+            ax.set_xscale("symlog", linthresh=linear_to)
             ax.xaxis.get_major_locator().set_params(numticks=4)
+        else:
+            ax.locator_params(axis="x", nbins=3)
         ax.set_title(label, fontsize=9)
         ax.tick_params(axis="x", labelsize=7)
         ax.grid(alpha=0.25)

@@ -146,6 +146,24 @@ def test_an_overview_fits_one_screen(number, rows):
     assert drift.get_size_inches()[1] <= 10
 
 
+@pytest.mark.parametrize(
+    ("least", "most"), [(0.3, 3), (1e-3, 0.05), (2, 90), (1e-6, 1e3), (1, 1e8), (7, 7)]
+)
+def test_every_column_of_an_overview_has_ticks(least, most):
+    """Over less than two decades a logarithmic axis had one, or numbers such as -3.6e-3."""
+    var = jnp.geomspace(least, most, 16)
+    moments = {"a": jbn.Moments(jnp.full(16, 9.0), var, 9 * jnp.ones(16))}
+    layers = {"a": (jbn.init(16)[0], jbn.State(jnp.zeros(16), var, jnp.int32(1)))}
+    figure = plot.overview(health.model_report(layers, moments))
+    figure.draw_without_rendering()
+    for ax in figure.axes[1:4]:
+        low, high = ax.get_xlim()
+        seen = [tick for tick in ax.get_xticks() if low <= tick <= high]
+        assert 2 <= len(seen) <= 6
+        if ax.get_xscale() == "symlog":
+            assert all(tick == 0 or np.isclose(np.log10(abs(tick)) % 1, 0) for tick in seen)
+
+
 def test_overview_of_a_single_layer_report():
     params, state = jbn.init(3, use_scale=False)
     figure = plot.overview(health.report(params, state))

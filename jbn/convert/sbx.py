@@ -23,9 +23,10 @@ def from_sbx(variables: Mapping[str, Any], *, r_max: float = 3, d_max: float = 5
     Until `warmup_steps` both compute the same. After them sbx leaves epsilon out of the standard
     deviation that d is multiplied by, and does not divide epsilon by r^2 with the variance; jbn
     follows Ioffe (2017). By how much they then differ depends on the network and its statistics: in
-    sbx's critics and actors outputs differed by 0.001 to 0.07, and gradients by 0.003 to 0.5,
+    sbx's critics and actors outputs differed by 0.0001 to 0.07, and gradients by 0.001 to 0.5,
     relative. With epsilon in both places sbx's formula gives jbn's numbers. One fault of it ends
-    with the conversion: a feature that is constant over the batch makes sbx's gradient NaN.
+    with the conversion: where a feature is constant over the batch, sbx's gradient with respect to
+    it is NaN.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} of a whole model or of one layer; layers

@@ -49,9 +49,11 @@ def render(reports: Mapping[str, Any], monitor: Any = None, title: str = "Batch 
     rows.sort(key=lambda row: row.trouble)
     worried = sum(bool(row.now) for row in rows)
     now = sum(len(row.now) for row in rows)
+    crossed = sum(not event.back for event in events)
     sentence = (
         f"{_count(len(rows), 'layer')}, {_count(now, 'warning')}"
         + (f" in {_count(worried, 'layer')}" if now else "")
+        + (f"; {_count(crossed, 'limit')} crossed in training" if crossed else "")
         + (f"; {len(reports)} checkpoints: {', '.join(reports)}" if len(reports) > 1 else "")
     )
     marks = (
