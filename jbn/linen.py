@@ -141,11 +141,10 @@ class BatchRenorm(BatchNorm):
         steps = None
         if flax_common.needs_steps(self) and not evaluating:
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        limits = flax_common.CLOSED_LIMITS
+        limits = None
         if not evaluating:
-            limits = flax_common.renorm_limits(
-                self, None if steps is None else steps.value, r_max, d_max
-            )
+            count = None if steps is None else steps.value
+            limits = flax_common.renorm_limits(self, count, r_max, d_max)
         return _call(
             self, x, use_running_average, mask=mask, residual=residual, limits=limits, steps=steps
         )

@@ -250,11 +250,10 @@ class BatchRenorm(BatchNorm):
         """
         evaluating = self._evaluating(use_running_average)
         steps = self.steps if flax_common.needs_steps(self) and not evaluating else None
-        limits = flax_common.CLOSED_LIMITS
+        limits = None
         if not evaluating:
-            limits = flax_common.renorm_limits(
-                self, None if steps is None else steps[...], r_max, d_max
-            )
+            count = None if steps is None else steps[...]
+            limits = flax_common.renorm_limits(self, count, r_max, d_max)
         return self._call(x, evaluating, mask, residual, limits, steps)
 
 

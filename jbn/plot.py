@@ -128,7 +128,7 @@ def overview(report: Any) -> Any:
                 ax.plot([values.min(), values.max()], [y, y], "-", color=color, lw=2)
                 ax.plot(np.median(values), y, "|", color="black", ms=size)
         # Over less than two decades a logarithmic axis has hardly a tick.
-        smallest, largest = np.abs(ax.dataLim.intervalx)
+        smallest, largest = sorted(np.abs(ax.dataLim.intervalx))
         linear_to = _LOGARITHMIC.get(name, np.inf)
         if largest > 100 * max(smallest, linear_to):
             ax.set_xscale("symlog", linthresh=linear_to)

@@ -16,8 +16,6 @@ from jbn.core.config import Config
 from jbn.kernels.seam import accumulator
 from jbn.types import Params, State
 
-CLOSED_LIMITS = {"r_max": 1.0, "d_max": 0.0}  # at which batch renorm is batch norm
-
 
 def feature_axes(axis: int | Iterable[int], ndim: int) -> tuple[int, ...]:
     """Flax's rule: non-negative, ascending, each once; () makes the whole array one feature."""
@@ -72,7 +70,7 @@ def batch_norm(
             the state.
         mask: bool, broadcastable to x.
         residual: array like x.
-        limits: r_max and d_max, for batch renormalization.
+        limits: r_max and d_max, for batch renormalization; not read with use_running_average.
 
     Returns:
         (y, state): y has the shape of x. The state is the one given, unless the batch updates it:
@@ -162,7 +160,8 @@ def renorm_limits(layer: Any, steps: Array | None, r_max: Any, d_max: Any) -> di
     validate.limits(**own)
     if layer.warmup_steps is not None:
         warm = jnp.asarray(steps) < layer.warmup_steps
-        own = {key: jnp.where(warm, CLOSED_LIMITS[key], limit) for key, limit in own.items()}
+        closed = {"r_max": 1.0, "d_max": 0.0}  # at which batch renorm is batch norm
+        own = {key: jnp.where(warm, closed[key], limit) for key, limit in own.items()}
     given = {"r_max": r_max, "d_max": d_max}
     return {key: own[key] if value is None else value for key, value in given.items()}
 
